@@ -1,4 +1,4 @@
-"""Semi-supervised learning with deep generative models: M1, M2 and M1+M2, in one file.
+r"""Semi-supervised learning with deep generative models: M1, M2 and M1+M2, in one file.
 
     D. P. Kingma, D. J. Rezende, S. Mohamed, M. Welling,
     "Semi-Supervised Learning with Deep Generative Models", NIPS 2014, arXiv 1406.5298v2.
@@ -86,7 +86,6 @@ SETTINGS = {
         dropout=0.5,  # in the classifier
         alpha=10.0,  # weight of the classification loss, per image (see "What alpha is"; paper: 0.1)
         ramp=0.5,  # fraction of training in which unlabelled images fade in (see M2.objective)
-        temperature=10.0,  # of the entropy of q(y|x), at the start (see M2.objective)
         threshold=0.01,  # labels with q(y|x) below it are left out of the sum over y (see M2.U)
     ),
     "m1+m2": dict(
@@ -100,7 +99,6 @@ SETTINGS = {
         dropout=0.2,
         alpha=1.0,
         ramp=0.5,
-        temperature=4.0,
         threshold=0.01,
     ),
 }
@@ -339,11 +337,8 @@ class M2(nn.Module):
         log_p_y = -math.log(self.y_dim)  # log p(y), uniform
         return -(log_p_x + log_p_y - kl_gaussian(mu, logvar))
 
-    def U(self, x: Tensor, log_q: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-        """Eq. 7 over the labels kept by the threshold, [B], nats per image; log_q = log q(y|x).
-
-        temperature multiplies the entropy: 1 is eq. 7, see objective for more.
-        """
+    def U(self, x: Tensor, log_q: Tensor | None = None) -> Tensor:
+        """Eq. 7 over the labels kept by the threshold, [B], nats per image; log_q = log q(y|x)."""
         B, K = len(x), self.y_dim
         log_q = self.log_q_y(x) if log_q is None else log_q
         keep = log_q.exp() >= self.threshold  # [B, K]; no row is empty while threshold <= 1/K
@@ -356,7 +351,7 @@ class M2(nn.Module):
         i, y = torch.nonzero_static(keep, size=P, fill_value=0).unbind(1)
         log_q = log_q.flatten().index_select(0, i * K + y)  # [P]
         q = log_q.exp() * (torch.arange(P, device=x.device) < n)  # the padding has weight 0
-        terms = q * (self.L(x, y, i) + temperature * log_q)  # q~(y|x) [ L(x,y) + log q~(y|x) ]
+        terms = q * (self.L(x, y, i) + log_q)  # q~(y|x) [ L(x,y) + log q~(y|x) ]
         return torch.zeros(B, device=x.device).index_add(0, i, terms)  # sum over y
 
     def J_alpha(
@@ -367,7 +362,6 @@ class M2(nn.Module):
         labelled: float,
         alpha: float,
         ramp: float = 1.0,
-        temperature: float = 1.0,
     ) -> Tensor:
         """Eq. 8 and 9 per image of the whole set, estimated from a minibatch: a scalar, nats.
 
@@ -379,7 +373,7 @@ class M2(nn.Module):
         log_q_l, log_q_u = log_q[: len(x_l)], log_q[len(x_l) :]
         J = labelled * self.L(x_l, y_l).mean()
         if len(x_u):
-            J = J + (1 - labelled) * ramp * self.U(x_u, log_q_u, temperature).mean()
+            J = J + (1 - labelled) * ramp * self.U(x_u, log_q_u).mean()
         return J + alpha * F.nll_loss(log_q_l, y_l)
 
     def objective(self, x_l, y_l, x_u, labelled: float, t: float, s) -> Tensor:
@@ -387,14 +381,12 @@ class M2(nn.Module):
 
         The failure to avoid: q(y|x) soon fits the few labels and is certain everywhere, right or
         wrong. In eq. 7 it then sees only its own guess, and the generative model learns the wrong
-        class from it. Two remedies, both gone when t reaches s["ramp"], where the loss is J^alpha:
-        the ramp lets the labels speak first, and a temperature T > 1 on the entropy keeps
-        the optimal q(y|x) = softmax(-L(x,y) / T) undecided while L is still poor, as in
-        deterministic annealing: many classes are tried before one is chosen.
+        class from it. So U fades in from weight 0 to 1 while t goes from 0 to s["ramp"] (the
+        labels speak first), and dropout keeps q(y|x) from fitting them too closely. After the ramp
+        the loss is J^alpha.
         """
         ramp = min(1.0, t / s["ramp"]) if s["ramp"] else 1.0
-        temperature = 1 + (s["temperature"] - 1) * (1 - ramp)
-        return self.J_alpha(x_l, y_l, x_u, labelled, s["alpha"], ramp, temperature)
+        return self.J_alpha(x_l, y_l, x_u, labelled, s["alpha"], ramp)
 
     def classify(self, x: Tensor) -> Tensor:
         """Scores of the K classes, [B, K]; the largest is the answer."""
@@ -521,7 +513,7 @@ class TSVM(nn.Module):
         """Scores f_k(z), [B, Z] -> [B, K]."""
         return self.linear(math.sqrt(2 / len(self.u)) * torch.cos(z @ self.W + self.u))
 
-    def loss(self, z_l, y_l, z_u, r: float, b: float = 1.0, c: float = 1e-4) -> Tensor:
+    def loss(self, z_l, y_l, z_u, r: float, b: float = 10.0, c: float = 1e-4) -> Tensor:
         """The sum above, a scalar."""
 
         def hinge(f, y):
@@ -539,7 +531,7 @@ def fit_tsvm(
 ) -> TSVM:
     """Train a TSVM on labelled features z_l [N, Z], y_l [N] and unlabelled ones z_u [M, Z]."""
     sample = z_u[torch.randperm(len(z_u), device=z_u.device)[:1000]]
-    width = 0.7 * torch.cdist(sample, sample).median().item()  # about a typical distance
+    width = 0.57 * torch.cdist(sample, sample).median().item()  # half a typical distance
     svm = TSVM(z_l.shape[1], y_dim, width).to(z_l.device)
     optimizer = torch.optim.Adam(svm.linear.parameters())
     for step in range(steps):
@@ -687,7 +679,7 @@ def split(y: Tensor, n_labels: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     if n_labels // K > most:
         raise BadInput(f"--labels {n_labels} is too many: at most {K * most} can be class-balanced")
     labelled = torch.cat([members[: n_labels // K] for members in by_class])
-    unlabelled = torch.cat([members[n_labels // K :] for members in by_class])
+    unlabelled = rest[~torch.isin(rest, labelled)]  # in an order that does not depend on labels
     return labelled, unlabelled, valid
 
 
@@ -707,7 +699,8 @@ def load_data(dataset: str, data_dir: Path, n_labels: int, seed: int, device) ->
             name = "glyphs"
     if name == "glyphs" and not dataset.endswith(".npz"):
         x, y = glyphs()
-        arrays = [x[:60_000], y[:60_000], x[60_000:], y[60_000:]]
+        n = len(x) * 6 // 7  # 60,000 for training, 10,000 for the test
+        arrays = [x[:n], y[:n], x[n:], y[n:]]
 
     x_train, y_train, x_test, y_test = map(torch.from_numpy, arrays)
     if x_train.ndim == 3:

@@ -1,0 +1,772 @@
+"""Tests of ssvae.py: its mathematics against independent oracles, its data, training and commands.
+
+    python -m pytest -q test_ssvae.py
+
+Tests on real MNIST need SSVAE_DATA_DIR, a torchvision root, and are skipped without it.
+"""
+
+import csv
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributions as D
+import torch.nn.functional as F
+
+import ssvae
+from ssvae import M1, M2, M1M2, TSVM
+
+HERE = Path(__file__).parent
+DRAWS = 40_000  # of z, where an expectation is compared with an integral
+
+
+def scrambled(model, scale=0.7, seed=0):
+    """The model in evaluation mode with random weights, so that nothing is near zero or equal."""
+    g = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.data = scale * torch.randn(p.shape, generator=g)
+    return model.eval()
+
+
+@pytest.fixture
+def fixed_noise(monkeypatch):
+    """eps = 0.3 everywhere instead of a random draw, so that single values can be compared."""
+    monkeypatch.setattr(ssvae, "sample_gaussian", lambda mu, lv: mu + 0.3 * torch.exp(0.5 * lv))
+
+
+def grid(n=4001, width=9.0):
+    """Points of a fine grid on the line, [n, 1], and the log of its spacing."""
+    z = torch.linspace(-width, width, n)[:, None]
+    return z, torch.log(z[1, 0] - z[0, 0])
+
+
+def near(estimates, truth, sigmas=5):
+    """Whether the mean of independent estimates is within so many standard errors of the truth."""
+    error = estimates.double().std() / len(estimates) ** 0.5
+    return abs(estimates.double().mean() - truth) < sigmas * error + 1e-3
+
+
+# ---- building blocks ----------------------------------------------------------------------------
+
+
+def test_log_bernoulli():
+    """Against torch.distributions, and finite at logits of 1e4."""
+    x, logits = (torch.rand(5, 7) < 0.5).float(), 3 * torch.randn(5, 7)
+    oracle = D.Bernoulli(logits=logits).log_prob(x).sum(-1)
+    torch.testing.assert_close(ssvae.log_bernoulli(x, logits), oracle)
+    assert ssvae.log_bernoulli(x, 1e4 * torch.randn(5, 7).sign()).isfinite().all()
+
+
+def test_log_gaussian():
+    """Against torch.distributions."""
+    x, mu, logvar = torch.randn(3, 5, 7)
+    oracle = D.Normal(mu, (0.5 * logvar).exp()).log_prob(x).sum(-1)
+    torch.testing.assert_close(ssvae.log_gaussian(x, mu, logvar), oracle)
+
+
+def test_kl_gaussian():
+    """Against torch.distributions, and against the mean of log q - log p over draws from q."""
+    mu, logvar = torch.randn(2, 5, 7)
+    q, p = D.Normal(mu, (0.5 * logvar).exp()), D.Normal(0.0, 1.0)
+    kl = ssvae.kl_gaussian(mu, logvar)
+    torch.testing.assert_close(kl, D.kl_divergence(q, D.Normal(0.0, torch.ones(5, 7))).sum(-1))
+    z = q.sample((DRAWS,))
+    log_ratio = (q.log_prob(z) - p.log_prob(z)).sum(-1)
+    assert all(near(log_ratio[:, i], kl[i]) for i in range(5))
+
+
+def test_reparameterisation_gradient():
+    """d E[z^2] = d (mu^2 + sigma^2): 2 mu in mu, and sigma^2 in log sigma^2."""
+    torch.manual_seed(0)
+    mu = torch.full((DRAWS, 1), 0.8, requires_grad=True)
+    logvar = torch.full((DRAWS, 1), 0.4, requires_grad=True)
+    ssvae.sample_gaussian(mu, logvar).square().sum().backward()
+    assert near(mu.grad[:, 0], 1.6)
+    assert near(logvar.grad[:, 0], torch.tensor(0.4).exp())
+
+
+# ---- the bounds, against numerical integration over a one-dimensional z ---------------------------
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_eq5_M1_bound_and_its_gap(likelihood):
+    """log p(x) and KL(q(z|x) || p(z|x)) by quadrature: the mean of -J is their difference."""
+    torch.manual_seed(0)
+    m1 = scrambled(M1(6, z_dim=1, hidden=(5,), likelihood=likelihood))
+    x = (torch.rand(1, 6) < 0.5).float()
+    with torch.no_grad():
+        z, log_dz = grid()
+        log_p_xz = m1.log_p_x(x.expand(len(z), -1), z) + D.Normal(0, 1).log_prob(z[:, 0])
+        log_p_x = torch.logsumexp(log_p_xz + log_dz, 0)
+        mu, logvar = m1.encode(x)
+        log_q = D.Normal(mu[0], (0.5 * logvar[0]).exp()).log_prob(z[:, 0])
+        gap = (log_q.exp() * (log_q - (log_p_xz - log_p_x)) * log_dz.exp()).sum()
+        J = m1.J(x.expand(DRAWS, -1))
+    assert gap > 0.01  # so the comparison means something
+    assert near(-J, log_p_x - gap)
+
+
+def test_eq5_is_an_equality_for_the_exact_posterior():
+    """Linear-Gaussian p(x|z): log p(x) and the posterior are known in closed form."""
+    torch.manual_seed(0)
+    m1 = M1(4, z_dim=2, hidden=(), likelihood="gaussian").eval()
+    W = torch.tensor([[1.0, 1], [1, -1], [0.5, 0.5], [0, 0]])  # orthogonal columns
+    b, s2 = torch.tensor([0.3, -0.2, 0.1, 0.5]), 0.6
+    precision = 1 + (W**2).sum(0) / s2  # the posterior is N(W'(x - b) / s2 / precision, 1/precision)
+    A = W.T / s2 / precision[:, None]
+    with torch.no_grad():
+        m1.p_x[0].weight.copy_(torch.cat([W, torch.zeros(4, 2)]))
+        m1.p_x[0].bias.copy_(torch.cat([b, torch.full((4,), s2).log()]))
+        m1.q_z[0].weight.copy_(torch.cat([A, torch.zeros(2, 4)]))
+        m1.q_z[0].bias.copy_(torch.cat([-A @ b, -precision.log()]))
+        x = torch.randn(4)
+        truth = D.MultivariateNormal(b, W @ W.T + s2 * torch.eye(4)).log_prob(x)
+        assert near(-m1.J(x.expand(DRAWS, -1)), truth)
+
+
+def m2_log_joint(m2, x):
+    """log p(x, y) for every y by quadrature over a one-dimensional z, [K]."""
+    z, log_dz = grid()
+    log_p = []
+    for y in range(m2.y_dim):
+        parameters = m2.decode(torch.full((len(z),), y), z)
+        log_p_x = m2.likelihood.log_p(x.expand(len(z), -1), *parameters)
+        log_p.append(torch.logsumexp(log_p_x + D.Normal(0, 1).log_prob(z[:, 0]) + log_dz, 0))
+    return torch.stack(log_p) - torch.log(torch.tensor(float(m2.y_dim)))
+
+
+def small_m2(likelihood="bernoulli", **kw):
+    torch.manual_seed(0)
+    return scrambled(M2(6, 3, z_dim=1, hidden=(5, 4), likelihood=likelihood, **kw))
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_eq6_labelled_bound(likelihood):
+    """The mean of -L(x,y) is log p(x,y) - KL(q(z|x,y) || p(z|x,y)), both by quadrature."""
+    m2, y = small_m2(likelihood), torch.tensor([1])
+    x = (torch.rand(1, 6) < 0.5).float()
+    with torch.no_grad():
+        z, log_dz = grid()
+        log_p_xy = m2_log_joint(m2, x)[1]
+        mu, logvar = m2.encode(x, y)
+        log_q = D.Normal(mu[0], (0.5 * logvar[0]).exp()).log_prob(z[:, 0])
+        parameters = m2.decode(y.expand(len(z)), z)
+        log_p_x = m2.likelihood.log_p(x.expand(len(z), -1), *parameters)
+        log_posterior = log_p_x + D.Normal(0, 1).log_prob(z[:, 0])
+        log_posterior = log_posterior - torch.logsumexp(log_posterior + log_dz, 0)
+        gap = (log_q.exp() * (log_q - log_posterior) * log_dz.exp()).sum()
+        L = m2.L(x.expand(DRAWS, -1), y.expand(DRAWS))
+    assert gap > 0.01
+    assert near(-L, log_p_xy - gap)
+
+
+def enumerated_U(m2, x, q):
+    """Eq. 7 written out image by image and label by label, on one-hot labels and torch's own
+    distributions, for eps = 0.3: nothing here is shared with M2.L or M2.U but the weights."""
+
+    def run(net, table, inputs, y):  # the first layer as the paper has it: W [inputs, one-hot(y)]
+        W = torch.cat([net[0].weight, table.weight.T], 1)
+        one_hot = F.one_hot(torch.tensor(y), len(table.weight)).float()
+        return net[1:]((torch.cat([inputs, one_hot]) @ W.T + net[0].bias)[None])[0]
+
+    U = []
+    for n in range(len(x)):
+        total = -D.Categorical(probs=q[n]).entropy()
+        for y in range(m2.y_dim):
+            mu, logvar = run(m2.q_z, m2.q_z_y, x[n], y).chunk(2)
+            q_z = D.Normal(mu, (0.5 * logvar).exp())
+            z = mu + 0.3 * q_z.scale
+            p_x = D.Bernoulli(logits=run(m2.p_x, m2.p_x_y, z, y))
+            kl = D.kl_divergence(q_z, D.Normal(torch.zeros_like(mu), torch.ones_like(mu))).sum()
+            minus_L = p_x.log_prob(x[n]).sum() - np.log(m2.y_dim) - kl
+            total = total + q[n, y] * -minus_L
+        U.append(total)
+    return torch.stack(U)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.2, 1 / 3])
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_eq7_unlabelled_bound_by_enumeration(fixed_noise, threshold, batch_norm):
+    """U and its gradient equal the enumerated sum's, for q(y|x) cut at the threshold as well."""
+    m2 = small_m2(threshold=threshold, batch_norm=batch_norm)
+    x = (torch.rand(9, 6) < 0.5).float()
+    q = m2.q_y(x).softmax(-1)
+    q = q * (q >= threshold)
+    q = q / q.sum(-1, keepdim=True)
+    if threshold:
+        assert (q == 0).any()
+    oracle = enumerated_U(m2, x, q)
+    torch.testing.assert_close(m2.U(x), oracle, rtol=1e-4, atol=1e-4)
+    parameters = list(m2.parameters())
+    gradients = torch.autograd.grad(m2.U(x).sum(), parameters)
+    oracles = torch.autograd.grad(oracle.sum(), parameters)
+    for gradient, other in zip(gradients, oracles, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.2])
+def test_eq7_is_a_bound_on_log_p_x(threshold):
+    """-U(x) <= log p(x) = log sum_y p(x,y), by quadrature, for the truncated sum as well."""
+    m2 = small_m2(threshold=threshold)
+    with torch.no_grad():
+        for x in (torch.rand(4, 1, 6) < 0.5).float():
+            log_p_x = torch.logsumexp(m2_log_joint(m2, x), 0)
+            minus_U = -m2.U(x.expand(4000, -1))
+            assert minus_U.mean() < log_p_x + 5 * minus_U.std() / 4000**0.5
+
+
+def test_truncated_sum_tends_to_the_full_one(fixed_noise):
+    """Below the smallest q(y|x) nothing is cut: the truncated U is the full one."""
+    m2, x = small_m2(), (torch.rand(9, 6) < 0.5).float()
+    full = m2.U(x)
+    m2.threshold = 0.5 * m2.log_q_y(x).exp().min().item()
+    torch.testing.assert_close(m2.U(x), full)
+
+
+def test_without_the_entropy_the_best_q_is_certain_and_with_it_bayes_rule(fixed_noise):
+    """For fixed L, U is least at q = softmax(-L), where it is -log sum_y exp(-L(x,y))."""
+    m2, x = small_m2(), (torch.rand(1, 6) < 0.5).float()
+    L = m2.L(x, torch.arange(3), torch.zeros(3, dtype=torch.long)).detach()
+    best = m2.U(x, (-L).log_softmax(-1)[None])
+    torch.testing.assert_close(best, -torch.logsumexp(-L, 0)[None])
+    for _ in range(20):
+        assert m2.U(x, torch.randn(1, 3).log_softmax(-1)) >= best
+
+
+def test_eq8_eq9_J_alpha_against_a_loop_over_points(fixed_noise):
+    """The minibatch estimate on the whole set is J^alpha / (N + M), alpha on the labelled mean."""
+    m2 = small_m2()
+    x_l, x_u = (torch.rand(2, 8, 6) < 0.5).float()
+    x_l, y_l = x_l[:3], torch.tensor([0, 1, 2])
+    J = sum(m2.L(x_l[i : i + 1], y_l[i : i + 1]) for i in range(3))
+    J = J + enumerated_U(m2, x_u, m2.q_y(x_u).softmax(-1)).sum()
+    cross_entropy = sum(-m2.q_y(x_l)[i].softmax(-1)[y_l[i]].log() for i in range(3)) / 3
+    alpha = 0.7 * (3 + 8)  # the paper's alpha; 0.7 is ours
+    oracle = (J + alpha * cross_entropy) / (3 + 8)
+    torch.testing.assert_close(m2.J_alpha(x_l, y_l, x_u, 3 / 11, 0.7), oracle[0])
+
+
+def test_objective_is_J_alpha_once_the_ramp_is_over(fixed_noise):
+    """The ramp changes nothing after s["ramp"]; at t = 0 only labels count."""
+    m2 = small_m2()
+    x, y = (torch.rand(3, 6) < 0.5).float(), torch.tensor([0, 1, 2])
+    s = dict(alpha=0.7, ramp=0.5)
+    for t in (0.5, 0.9):
+        oracle = m2.J_alpha(x, y, x, 0.5, 0.7)
+        torch.testing.assert_close(m2.objective(x, y, x, 0.5, t, s), oracle)
+    start = 0.5 * m2.L(x, y).mean() + 0.7 * F.cross_entropy(m2.q_y(x), y)
+    torch.testing.assert_close(m2.objective(x, y, x, 0.5, 0.0, s), start)
+
+
+def test_M1M2_bound():
+    """Through both layers: -bound against log p(x) integrated over z1 (2-D, one unused) and z2."""
+    torch.manual_seed(0)
+    m1 = scrambled(M1(6, z_dim=2, hidden=(5,)))
+    with torch.no_grad():  # dimension 1 of z1 is unused: q(z1|x) = N(0, 1) there
+        m1.q_z[-1].weight[[1, 3]] = 0.0
+        m1.q_z[-1].bias[[1, 3]] = 0.0
+    m2 = scrambled(M2(1, 3, z_dim=1, hidden=(4,), likelihood="gaussian"), scale=0.5)
+    stack = M1M2(m1, m2, torch.tensor([0])).eval()
+    x = (torch.rand(1, 6) < 0.5).float()
+    with torch.no_grad():
+        z, log_dz = grid(301)
+        log_p_z1 = torch.stack([torch.logsumexp(m2_log_joint(m2, value), 0) for value in z])
+        assert torch.logsumexp(log_p_z1 + log_dz, 0).abs() < 0.02  # a density
+        a, b = torch.meshgrid(z[:, 0], z[:, 0], indexing="ij")
+        both = torch.stack([a.flatten(), b.flatten()], 1)
+        log_p = m1.log_p_x(x.expand(len(both), -1), both)
+        log_p = log_p + log_p_z1.repeat_interleave(301) + D.Normal(0, 1).log_prob(both[:, 1])
+        log_p_x = torch.logsumexp(log_p + 2 * log_dz, 0)
+        bound = stack.bound(x.expand(DRAWS, -1))
+        assert bound.mean() < log_p_x + 5 * bound.std() / DRAWS**0.5
+        # and it is importance sampling's log weight but for M2's own gap, so exp() does not overshoot
+        assert bound.exp().mean() < log_p_x.exp() * 1.1
+
+
+# ---- numbers at the edges -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fill", [0.0, 1.0])
+@pytest.mark.parametrize("size", [2, 7])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_losses_and_gradients_stay_finite(fill, size, bf16):
+    """All-black and all-white images, tiny minibatches, certain classifiers, both precisions."""
+    torch.manual_seed(0)
+    x, y = torch.full((size, 20), fill), torch.arange(size) % 2
+    s = dict(alpha=1.0, ramp=0.0)
+    m1, m2 = M1(20, 3, (8,)), M2(20, 2, 3, (8,), threshold=0.01)
+    m2.q_y[-1].bias.data = torch.tensor([1e4, -1e4])
+    stack = M1M2(M1(20, 3, (8,)), M2(3, 2, 1, (8,), likelihood="gaussian"), torch.arange(3)).train()
+    for model in (m1, m2, stack):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model.objective(x, y, x, 0.5, 1.0, s)
+        loss.backward()
+        assert loss.isfinite()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+# ---- classifiers on M1's features -------------------------------------------------------------------
+
+
+def test_knn_against_numpy():
+    z_l, y_l, z = torch.randn(30, 4), torch.randint(3, (30,)), torch.randn(50, 4)
+    votes = ssvae.KNN(z_l, y_l, 3, k=5)(z).numpy()
+    for i in range(50):
+        nearest = np.argsort(((z_l - z[i]) ** 2).sum(1).numpy())[:5]
+        assert (votes[i] == np.bincount(y_l[nearest].numpy(), minlength=3)).all()
+
+
+def test_tsvm_loss_against_loops_and_enumeration():
+    """The unlabelled hinge is the least over all labels; the rest is summed in plain Python."""
+    torch.manual_seed(0)
+    svm = scrambled(TSVM(2, 3, features=50), scale=2.0)
+    z_l, z_u, y_l = torch.randn(6, 2), torch.randn(10, 2), torch.tensor([0, 1, 2] * 2)
+
+    def hinge(f, y):
+        return sum(max(0.0, 1 - (1 if k == y else -1) * float(f[k])) ** 2 for k in range(3))
+
+    f_l, f_u = svm(z_l).detach(), svm(z_u).detach()
+    total = sum(hinge(f, y) for f, y in zip(f_l, y_l)) / 6
+    total += 0.5 * sum(min(hinge(f, y) for y in range(3)) for f in f_u) / 10
+    total += 2.0 * sum(float(f_u[:, k].mean() - f_l[:, k].mean()) ** 2 for k in range(3))
+    total += 0.05 * sum(float(w) ** 2 for w in svm.linear.weight.detach().flatten())
+    assert svm.loss(z_l, y_l, z_u, r=0.5, b=2.0, c=0.1).item() == pytest.approx(total, rel=1e-4)
+
+
+def test_tsvm_features_approximate_the_gaussian_kernel():
+    torch.manual_seed(0)
+    svm, z = TSVM(3, 2, width=1.5, features=20_000), torch.randn(10, 3)
+    phi = (2 / 20_000) ** 0.5 * torch.cos(z @ svm.W + svm.u)
+    kernel = torch.exp(-torch.cdist(z, z) ** 2 / (2 * 1.5**2))
+    torch.testing.assert_close(phi @ phi.T, kernel, atol=0.04, rtol=0)
+
+
+def test_tsvm_uses_unlabelled_points():
+    """Two long clusters with a gap between, labelled at opposite ends: only z_u shows the gap."""
+    torch.manual_seed(0)
+    n, y = 500, torch.arange(1000) % 2
+    z = torch.stack([3 * torch.rand(2 * n) - 1.5, 2.0 * y - 1 + 0.15 * torch.randn(2 * n)], 1)
+    ends = torch.where(y == 0, z[:, 0] < -0.5, z[:, 0] > 0.5).nonzero().squeeze(1)[:20]
+    z_l, y_l = z[ends] * torch.tensor([1.0, 0.3]), y[ends]  # and closer to the other cluster
+    nearest = ssvae.KNN(z_l, y_l, 2)(z).argmax(1)
+    transductive = ssvae.fit_tsvm(z_l, y_l, z, 2, steps=600, batch_size=500)(z).argmax(1)
+    assert (nearest != y).float().mean() > 0.15
+    assert (transductive != y).float().mean() < 0.05
+
+
+# ---- data -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A small npz of glyphs: 3000 training images, 600 test images."""
+    path = tmp_path_factory.mktemp("data") / "small.npz"
+    x, y = ssvae.glyphs(3600, seed=1)
+    np.savez(path, x_train=x[:3000], y_train=y[:3000], x_test=x[3000:], y_test=y[3000:])
+    return path
+
+
+def run(*args, code=0):
+    """ssvae.main in this process."""
+    assert ssvae.main([str(a) for a in args]) == code
+
+
+def test_split_is_balanced_disjoint_and_drawn_by_the_seed():
+    y = torch.randint(10, (6000,), generator=torch.Generator().manual_seed(3))
+    labelled, unlabelled, valid = ssvae.split(y, 100, seed=5)
+    assert torch.bincount(y[labelled]).tolist() == [10] * 10
+    assert len(valid) == 1000
+    assert torch.equal(torch.cat([labelled, unlabelled, valid]).sort().values, torch.arange(6000))
+    same, other = ssvae.split(y, 100, seed=5), ssvae.split(y, 100, seed=6)
+    assert torch.equal(labelled, same[0]) and torch.equal(unlabelled, same[1])
+    assert set(labelled.tolist()) != set(other[0].tolist())
+    assert set(valid.tolist()) != set(other[2].tolist())
+
+
+def test_observe():
+    """Binary draws average to the grey value; Gaussian data stay within the value's interval."""
+    torch.manual_seed(0)
+    grey = torch.tensor([[0, 51, 255]], dtype=torch.uint8).expand(DRAWS, 3)
+    x = ssvae.observe(grey, "bernoulli")
+    assert set(x.unique().tolist()) == {0.0, 1.0}
+    assert (x.mean(0) - torch.tensor([0, 0.2, 1])).abs().max() < 0.01
+    x = 256 * ssvae.observe(grey, "gaussian")
+    assert (x >= grey).all() and (x <= grey + 1).all()
+
+
+def test_glyphs_are_reproducible_and_not_solved_by_100_labels():
+    x, y = (torch.from_numpy(a) for a in ssvae.glyphs(4000))
+    assert x.shape == (4000, 28, 28) and x.dtype == torch.uint8
+    assert np.array_equal(ssvae.glyphs(4000)[0], x) and sorted(set(y.tolist())) == list(range(10))
+    x = x.flatten(1) / 255
+    knn = ssvae.KNN(x[:100], y[:100], 10)
+    assert ssvae.error(knn, x[1000:], y[1000:]) > 30
+
+
+def test_npz_formats(tmp_path, small):
+    """uint8 and float, grey and colour, [n,H,W] and [n,H,W,C], any number of classes."""
+    rng = np.random.default_rng(0)
+    for x, shape, likelihood in (
+        (rng.integers(0, 256, (60, 5, 4), dtype=np.uint8), (1, 5, 4), "bernoulli"),
+        (rng.random((60, 5, 4, 1)), (1, 5, 4), "bernoulli"),
+        (rng.random((60, 5, 4, 3), dtype=np.float32), (3, 5, 4), "gaussian"),
+    ):
+        y = np.arange(60) % 3
+        path = tmp_path / "own.npz"
+        np.savez(path, x_train=x, y_train=y, x_test=x[:9], y_test=y[:9])
+        data = ssvae.load_data(str(path), tmp_path, 6, 0, "cpu")
+        assert (data.name, data.shape, data.y_dim) == ("own", shape, 3)
+        assert data.likelihood == likelihood
+        assert (len(data.x_l), len(data.x_u), len(data.x_valid)) == (6, 44, 10)
+        first = np.moveaxis(x.reshape(60, 5, 4, -1)[0], -1, 0).ravel()  # channels first
+        assert np.allclose(data.x_test[0].numpy(), first)
+        run("--dataset", path, "--labels", 6, "--epochs", 1, "--out-dir", tmp_path / likelihood,
+            "--overwrite")  # fmt: skip
+
+
+# ---- training ---------------------------------------------------------------------------------------
+
+MODELS = ["m1", "m2", "m1+m2"]
+QUICK = ("--epochs", 2, "--batch-size", 200)
+
+
+def quick(model):
+    return ("--model", model, *QUICK, *(["--m1-epochs", 2] if model == "m1+m2" else []))
+
+
+def outcome(folder):
+    """What a run came to, times aside: weights, results and log."""
+    results = json.loads((folder / "results.json").read_text())
+    for name in ("seconds", "images_per_second"):
+        assert results.pop(name) > 0
+    log = list(csv.DictReader((folder / "log.csv").open()))
+    for row in log:
+        del row["seconds"], row["images_per_second"]
+    return torch.load(folder / "model.pt", weights_only=True), results, log
+
+
+def assert_same(one, other):
+    (weights, *rest), (other_weights, *other_rest) = one, other
+    assert rest == other_rest
+    for part in weights.keys() - {"settings"}:
+        assert weights[part].keys() == other_weights[part].keys()
+        for key in weights[part]:
+            assert torch.equal(weights[part][key], other_weights[part][key]), key
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_training_lowers_the_bound_and_the_error(small, tmp_path, model):
+    """From the first epoch to the last, and to well under chance (90 %)."""
+    run("--model", model, "--dataset", small, "--epochs", 8, "--batch-size", 100,
+        "--out-dir", tmp_path, *(["--m1-epochs", 8] if model == "m1+m2" else []))  # fmt: skip
+    _, results, log = outcome(tmp_path)
+    assert len(log) == (16 if model == "m1+m2" else 8)
+    assert float(log[-1]["bound"]) > float(log[0]["bound"]) + 10
+    assert results["bound"] > float(log[0]["bound"]) + 10
+    assert results["test_error"] < min(60, float(log[0]["valid_error"]))
+    for key in ("model dataset labels seed epochs alpha lr batch_size device torch parameters "
+                "valid_error").split():  # fmt: skip
+        assert key in results
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_same_seed_same_result_and_resume_changes_nothing(small, tmp_path, model, monkeypatch):
+    """Run whole, run again, and run with an interruption after each epoch's checkpoint."""
+    args = (*quick(model), "--dataset", small, "--labels", 50, "--seed", 3, "--out-dir")
+    run(*args, tmp_path / "a")
+    run(*args, tmp_path / "b")
+    assert_same(outcome(tmp_path / "a"), outcome(tmp_path / "b"))
+
+    checkpoint = ssvae.Run.checkpoint
+
+    def interrupted(self, *rest):
+        checkpoint(self, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ssvae.Run, "checkpoint", interrupted)
+    run(*args, tmp_path / "c", code=130)
+    run(*args, tmp_path / "c", code=2)  # neither --resume nor --overwrite
+    for _ in range(3 if model == "m1+m2" else 1):
+        run(*args, tmp_path / "c", "--resume", code=130)
+    run(*args, tmp_path / "c", "--resume", "--lr", 0.1, code=2)  # contradicts the first call
+    run(*args, tmp_path / "c", "--resume")
+    assert_same(outcome(tmp_path / "a"), outcome(tmp_path / "c"))
+    assert not (tmp_path / "c" / "checkpoint.pt").exists()
+
+
+def test_other_seeds_draw_other_labels(small, tmp_path):
+    one, other = (ssvae.load_data(str(small), tmp_path, 50, seed, "cpu") for seed in (0, 1))
+    assert not torch.equal(one.x_l, other.x_l) and torch.equal(one.x_test, other.x_test)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_hidden_labels_and_the_test_set_do_not_influence_training(
+    small, tmp_path, model, monkeypatch
+):
+    """Corrupt every label but those of labelled and validation images, and the whole test set."""
+    arrays = dict(np.load(small))
+    labelled, unlabelled, valid = ssvae.split(torch.from_numpy(arrays["y_train"]), 50, 0)
+    monkeypatch.setattr(ssvae, "split", lambda *_: (labelled, unlabelled, valid))
+    rng = np.random.default_rng(0)
+    arrays["y_train"][unlabelled] = rng.integers(0, 10, len(unlabelled))
+    arrays["x_test"] = rng.integers(0, 256, arrays["x_test"].shape, dtype=np.uint8)
+    arrays["y_test"] = rng.integers(0, 10, 600)
+    corrupt = tmp_path / small.name
+    np.savez(corrupt, **arrays)
+    args = (*quick(model), "--labels", 50, "--dataset")
+    run(*args, small, "--out-dir", tmp_path / "a")
+    run(*args, corrupt, "--out-dir", tmp_path / "b")
+    (one, results, log), (other, other_results, other_log) = map(
+        outcome, (tmp_path / "a", tmp_path / "b")
+    )
+    assert results["test_error"] != other_results["test_error"]
+    for name in ("test_error", "bound"):
+        del results[name], other_results[name]
+    assert_same((one, results, log), (other, other_results, other_log))
+
+
+def test_stack_on_a_trained_m1_and_knn(small, tmp_path):
+    """--m1 FILE gives the stack that very M1, and M1's other classifier runs on it."""
+    run(*quick("m1"), "--dataset", small, "--out-dir", tmp_path / "m1")
+    args = ("--m1", tmp_path / "m1" / "model.pt", "--dataset", small)
+    run("--model", "m1+m2", *QUICK, *args, "--out-dir", tmp_path / "stack")
+    run("--model", "m1", "--classifier", "knn", *args, "--out-dir", tmp_path / "knn")
+    m1, stack, knn = (outcome(tmp_path / name)[0]["model"] for name in ("m1", "stack", "knn"))
+    for key in m1:
+        assert torch.equal(m1[key], stack["m1." + key]) and torch.equal(m1[key], knn[key])
+
+
+def test_all_images_labelled_and_minibatches_of_one(small, tmp_path):
+    """No unlabelled image left, one label a class, and the smallest minibatch."""
+    x = np.load(small)["x_train"]
+    y = np.arange(30) % 2
+    path = tmp_path / "tiny.npz"
+    np.savez(path, x_train=x[:30], y_train=y, x_test=x[30:60], y_test=y)
+    data = ssvae.load_data(str(path), tmp_path, 2, 0, "cpu")
+    most = 2 * (len(data.x_u) // 2 + 1)
+    while True:  # the most labels that this split allows
+        try:
+            ssvae.load_data(str(path), tmp_path, most, 0, "cpu")
+            break
+        except ssvae.BadInput:
+            most -= 2
+    for model in MODELS:
+        for labels, batch in ((2, 1), (most, 10)):
+            run("--model", model, "--dataset", path, "--labels", labels, "--epochs", 1,
+                "--batch-size", batch, "--out-dir", tmp_path / f"{model}{labels}")  # fmt: skip
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(small, tmp_path, capsys):
+    run("--dataset", small, "--epochs", 3, "--lr", 1e30, "--out-dir", tmp_path, code=1)
+    assert "epoch 1, step" in capsys.readouterr().err
+    assert not (tmp_path / "results.json").exists()
+
+
+# ---- the command line -------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_not_lost(small, tmp_path, capsys):
+    """The same command reports it, another one is refused, --overwrite trains afresh."""
+    args = ("--dataset", small, *QUICK, "--out-dir", tmp_path)
+    run(*args)
+    before = outcome(tmp_path)
+    written = (tmp_path / "results.json").stat().st_mtime_ns
+    run(*args)
+    assert "--overwrite" in capsys.readouterr().out
+    run(*args, "--alpha", 3, code=2)
+    assert (tmp_path / "results.json").stat().st_mtime_ns == written
+    run(*args, "--overwrite")
+    assert_same(before, outcome(tmp_path))
+
+
+def bad_files(folder, small):
+    """Files that are not what they should be, by name."""
+    arrays = dict(np.load(small))
+
+    def npz(name, **changes):
+        np.savez(folder / name, **{**arrays, **changes})
+
+    content = small.read_bytes()
+    (folder / "short.npz").write_bytes(content[: len(content) // 2])
+    (folder / "empty.npz").write_bytes(b"")
+    npz("object.npz", y_train=np.array([{}] * 3000, dtype=object))
+    npz("shape.npz", x_train=arrays["x_train"][:, 0])
+    npz("range.npz", x_train=arrays["x_train"].astype(float))
+    npz("nan.npz", x_test=np.full((600, 28, 28), np.nan))
+    npz("type.npz", x_train=arrays["x_train"].astype(int))
+    npz("length.npz", y_train=arrays["y_train"][1:])
+    npz("negative.npz", y_train=arrays["y_train"] - 1)
+    npz("gap.npz", y_train=np.where(arrays["y_train"] == 3, 4, arrays["y_train"]))
+    npz("newclass.npz", y_test=arrays["y_test"] + 5)
+    np.savez(folder / "missing.npz", x_train=arrays["x_train"])
+    (folder / "file").write_text("")
+
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(folder / "was run"),)
+
+    (folder / "malicious.pt").write_bytes(pickle.dumps(Malicious()))
+    torch.save(Malicious(), folder / "malicious2.pt")
+    (folder / "text.pt").write_text("hello")
+    torch.save({"weights": 1}, folder / "foreign.pt")
+
+
+BAD = """
+    --model m3 | --model | --nonsense | surplus | --dataset cifar | --dataset= | --dataset no.npz
+    --labels 0 | --labels -10 | --labels ten | --labels 1.5 | --labels nan | --labels 1e3
+    --labels 9 | --labels 101 | --labels 5000 | --labels 99999999999999999999 | --labels=
+    --epochs 0 | --epochs -1 | --epochs x | --epochs 1.5 | --epochs inf | --epochs=
+    --batch-size 0 | --batch-size -5 | --batch-size a | --batch-size=
+    --lr 0 | --lr -1 | --lr nan | --lr inf | --lr x | --lr=
+    --alpha -1 | --alpha nan | --alpha inf | --alpha x | --model m1 --alpha 1
+    --seed -1 | --seed x | --seed 0.5 | --seed 99999999999999999999 | --seed=
+    --device nonsense | --device cuda:99 | --device meta | --device=
+    --m1-epochs 5 | --model m1+m2 --m1-epochs 0 | --model m1 --m1-epochs 3
+    --m1 no.pt | --model m1+m2 --m1 no.pt | --model m1+m2 --m1 text.pt | --model m1 --m1 foreign.pt
+    --model m1+m2 --m1 malicious.pt | --model m1 --m1 malicious2.pt | --model m1+m2 --m1 .
+    --model m1+m2 --m1 text.pt --m1-epochs 2 | --model m1 --m1 text.pt --epochs 2
+    --classifier knn | --model m1 --classifier tree | --model m1+m2 --classifier tsvm
+    --resume | --resume --overwrite | --out-dir file | --out-dir file/below | --out-dir /proc/none
+    --dataset mnist --data-dir file | --dataset mnist --data-dir /proc/none | --dataset short.npz
+    --dataset empty.npz | --dataset object.npz | --dataset shape.npz | --dataset range.npz
+    --dataset nan.npz | --dataset type.npz | --dataset length.npz | --dataset negative.npz
+    --dataset gap.npz | --dataset newclass.npz | --dataset missing.npz | --dataset file.npz
+"""
+
+
+def test_bad_input_ends_with_one_line_and_code_2(small, tmp_path, monkeypatch, capsys):
+    """Every option, wrong in many ways: exit code 2, one line on stderr, no file left behind."""
+    bad_files(tmp_path, small)
+    monkeypatch.chdir(tmp_path)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    cases = [case.split() for line in BAD.strip().splitlines() for case in line.split("|")]
+    assert len(cases) >= 60
+    for case in cases:
+        args = case if "--dataset" in " ".join(case) else ["--dataset", str(small), *case]
+        assert ssvae.main(args) == 2, case
+        out, err = capsys.readouterr()
+        assert err.startswith("ssvae: ") and err.count("\n") == 1 and len(err) < 500, (case, err)
+        assert out == "", case
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert not (tmp_path / "was run").exists() and not (tmp_path / "runs").exists()
+
+
+def command(*args, **environment):
+    """ssvae.py as a user calls it."""
+    return subprocess.run(
+        [sys.executable, str(HERE / "ssvae.py"), *map(str, args)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def test_command_good_and_bad(small, tmp_path):
+    """As a subprocess: exit codes, no traceback; without CUDA, --device cuda is an error."""
+    good = command(*quick("m1+m2"), "--dataset", small, "--out-dir", tmp_path / "run")
+    assert good.returncode == 0, good.stderr
+    assert "test error" in good.stdout.splitlines()[-2] and good.stdout.count("epoch") == 4
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "log.csv", "model.pt", "results.json"]  # fmt: skip
+    cases = [("--dataset", "nothing"), ("--dataset", tmp_path / "no.npz"), ("--labels", "x")]
+    if not torch.cuda.is_available():
+        cases.append(("--dataset", small, "--device", "cuda"))
+    for case in cases:
+        bad = command(*case, "--out-dir", tmp_path / "bad")
+        assert bad.returncode == 2 and bad.stderr.count("\n") == 1, (case, bad.stderr)
+        assert "Traceback" not in bad.stderr and not (tmp_path / "bad").exists()
+
+
+def test_help_names_every_option():
+    text = command("--help").stdout
+    for option in ("model dataset labels epochs batch-size lr alpha m1-epochs m1 classifier seed "
+                   "device data-dir out-dir resume overwrite").split():  # fmt: skip
+        assert f"--{option}" in text
+
+
+def test_auto_falls_back_on_glyphs_and_says_so(tmp_path, monkeypatch, capsys):
+    """Where MNIST is neither on disk nor downloadable; an explicit mnist is an error there."""
+    from torchvision import datasets
+
+    def offline(*_, **__):
+        raise RuntimeError("Error downloading train-images-idx3-ubyte.gz:\nno network")
+
+    monkeypatch.setattr(datasets.MNIST, "download", offline)
+    args = ("--data-dir", tmp_path / "none", "--out-dir", tmp_path / "out", "--epochs", 1)
+    run(*args, "--dataset", "mnist", code=2)
+    assert "no network" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(ssvae, "glyphs", lambda make=ssvae.glyphs: make(1400))
+    run(*args)
+    assert "glyphs" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["dataset"] == "glyphs"
+
+
+@pytest.mark.skipif(not os.environ.get("SSVAE_DATA_DIR"), reason="SSVAE_DATA_DIR is not set")
+@pytest.mark.parametrize("dataset", ["mnist", "fashion"])
+def test_truncated_data_files_are_not_read_silently(dataset, tmp_path):
+    """Cut one of the four files at random places, or flip a byte of its header."""
+    name = {"mnist": "MNIST", "fashion": "FashionMNIST"}[dataset]
+    source = Path(os.environ["SSVAE_DATA_DIR"]) / name / "raw"
+    raw = tmp_path / name / "raw"
+    raw.mkdir(parents=True)
+    for path in source.glob("*-ubyte"):
+        (raw / path.name).symlink_to(path)
+    rng = np.random.default_rng(0)
+    for k in range(8):
+        path = sorted(raw.iterdir())[k % 4]
+        content = bytearray((source / path.name).read_bytes())
+        if k < 4:
+            content = content[: rng.integers(len(content))]
+        else:
+            content[rng.integers(2, 8)] ^= 0xFF
+        path.unlink()
+        path.write_bytes(content)
+        with pytest.raises(ssvae.BadInput):
+            ssvae.load_torchvision(dataset, tmp_path)
+        path.unlink()
+        path.symlink_to(source / path.name)
+    assert [len(a) for a in ssvae.load_torchvision(dataset, tmp_path)] == [60000] * 2 + [10000] * 2
+
+
+@pytest.mark.skipif(not os.environ.get("SSVAE_DATA_DIR"), reason="SSVAE_DATA_DIR is not set")
+def test_short_run_on_real_mnist(tmp_path):
+    """M2 with 100 labels: under 25 % test error after a few epochs."""
+    run("--dataset", "mnist", "--epochs", 6, "--out-dir", tmp_path)
+    assert outcome(tmp_path)[1]["test_error"] < 25
+
+
+def test_classes_can_be_pasted_elsewhere():
+    """The building blocks and one class at a time, in a namespace with torch alone."""
+    source = (HERE / "ssvae.py").read_text()
+    heads = ["\n# 2. BUILDING", "\n# 3. M1:", "\n# 4. M2:", "\n# 5. M1+M2:", "\n# 6. CLASSIFIERS"]
+    cuts = [source.index(head) for head in heads]
+    blocks, m1, m2, stack = (source[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True))
+    imports = "import math\nfrom typing import NamedTuple\nimport torch\nfrom torch import Tensor, nn"
+    imports += "\nimport torch.nn.functional as F\n"
+    x, y = (torch.rand(50, 20) < 0.5).float(), torch.arange(50) % 2
+    s = dict(alpha=1.0, ramp=0.0)
+    for pasted, make in (
+        (m1, "M1(20, 3, (8,))"),
+        (m2, "M2(20, 2, 3, (8,))"),
+        (m1 + m2 + stack, "M1M2(M1(20, 3), M2(3, 2, 1, likelihood='gaussian'), torch.arange(3))"),
+    ):
+        namespace = {}
+        exec(imports + blocks + pasted, namespace)
+        torch.manual_seed(0)
+        model = eval(make, namespace)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
+        losses = []
+        for _ in range(30):
+            loss = model.objective(x, y, x, 0.5, 1.0, s)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0]
