@@ -89,7 +89,7 @@ SETTINGS = {
         threshold=0.01,  # labels with q(y|x) below it are left out of the sum over y (see M2.U)
     ),
     "m1+m2": dict(
-        epochs=60,
+        epochs=100,
         batch_size=500,
         batch_labelled=100,
         lr=3e-3,
@@ -115,11 +115,20 @@ PAPER = {
 # =================================================================================================
 
 
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation over [B, D] that takes a minibatch of one, by its running statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 1:
+            return super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+
+
 def mlp(*sizes: int, batch_norm: bool = True, dropout: float = 0.0) -> nn.Sequential:
     """Multilayer perceptron: linear layers of these sizes with ReLUs between them."""
     layers = []
     for d_in, d_out in zip(sizes[:-2], sizes[1:-1]):
-        norm = [nn.BatchNorm1d(d_out)] if batch_norm else []
+        norm = [BatchNorm(d_out)] if batch_norm else []
         noise = [nn.Dropout(dropout)] if dropout else []
         layers += [nn.Linear(d_in, d_out), *norm, nn.ReLU(), *noise]
     return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
@@ -1137,6 +1146,7 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
     s_m1 = s if args.model == "m1" else dict(SETTINGS["m1"])
     s_m1["epochs"] = args.m1_epochs or s_m1["epochs"]
     settings = dict(model=args.model, dataset=data.name, labels=args.labels, seed=args.seed, **s)
+    settings["alpha"] = s.get("alpha")
     settings["device"] = device.type
     settings["m1"] = str(args.m1) if args.m1 else None
     if args.model == "m1":
