@@ -51,8 +51,10 @@ import io
 import json
 import math
 import os
+import shlex
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,40 +69,40 @@ from torch import Tensor, nn
 # For the stack, M1's stage takes the column "m1", its M2 stage the column "m1+m2".
 
 SETTINGS = {
-    "m1": dict(
-        epochs=30,  # passes over the training images
-        batch_size=500,  # unlabelled images in a minibatch
-        lr=3e-3,  # Adam's first step size; it falls linearly to 0 over training
-        z_dim=50,  # dimensions of z (paper: 50)
-        hidden=(600, 600),  # units in the hidden layers of every network (paper: 600, 600)
-        ramp=0.15,  # fraction of training in which the KL term fades in (see M1.objective)
-    ),
-    "m2": dict(
-        epochs=40,
-        batch_size=500,
-        batch_labelled=100,  # labelled images in a minibatch, beside the unlabelled ones
-        lr=2e-3,
-        z_dim=50,
-        hidden=(500, 500),
-        batch_norm=False,  # in q(z|x,y) and p(x|y,z); the classifier q(y|x) always has it
-        dropout=0.5,  # in the classifier
-        alpha=10.0,  # weight of the classification loss, per image (see "What alpha is"; paper: 0.1)
-        ramp=0.5,  # fraction of training in which unlabelled images fade in (see M2.objective)
-        threshold=0.01,  # labels with q(y|x) below it are left out of the sum over y (see M2.U)
-    ),
-    "m1+m2": dict(
-        epochs=100,
-        batch_size=500,
-        batch_labelled=100,
-        lr=3e-3,
-        z_dim=50,
-        hidden=(500, 500),
-        batch_norm=True,
-        dropout=0.2,
-        alpha=1.0,
-        ramp=0.5,
-        threshold=0.01,
-    ),
+    "m1": {
+        "epochs": 30,  # passes over the training images
+        "batch_size": 500,  # unlabelled images in a minibatch
+        "lr": 3e-3,  # Adam's first step size; it falls linearly to 0 over training
+        "z_dim": 50,  # dimensions of z (paper: 50)
+        "hidden": (600, 600),  # units in the hidden layers of every network (paper: 600, 600)
+        "ramp": 0.15,  # fraction of training in which the KL term fades in (see M1.objective)
+    },
+    "m2": {
+        "epochs": 40,
+        "batch_size": 500,
+        "batch_labelled": 100,  # labelled images in a minibatch, beside the unlabelled ones
+        "lr": 2e-3,
+        "z_dim": 50,
+        "hidden": (500, 500),
+        "batch_norm": False,  # in q(z|x,y) and p(x|y,z); the classifier q(y|x) always has it
+        "dropout": 0.5,  # in the classifier
+        "alpha": 10.0,  # of the classification loss, per image (see WHAT ALPHA IS; paper: 0.1)
+        "ramp": 0.5,  # fraction of training in which unlabelled images fade in (see M2.objective)
+        "threshold": 0.01,  # labels with q(y|x) below it are left out of the sum over y (see M2.U)
+    },
+    "m1+m2": {
+        "epochs": 100,
+        "batch_size": 500,
+        "batch_labelled": 100,
+        "lr": 3e-3,
+        "z_dim": 50,
+        "hidden": (500, 500),
+        "batch_norm": True,
+        "dropout": 0.2,
+        "alpha": 1.0,
+        "ramp": 0.5,
+        "threshold": 0.01,
+    },
 }
 
 # The paper's test errors in % (Table 1: mean, +-) for MNIST, shown beside ours at the end of a run.
@@ -124,14 +126,16 @@ class BatchNorm(nn.BatchNorm1d):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
 
 
-def mlp(*sizes: int, batch_norm: bool = True, dropout: float = 0.0) -> nn.Sequential:
-    """Multilayer perceptron: linear layers of these sizes with ReLUs between them."""
+def mlp(d: int, *sizes: int, batch_norm: bool = True, dropout: float = 0.0) -> nn.Sequential:
+    """Multilayer perceptron from d inputs: hidden layers of these sizes, the last the output's."""
+    *hidden, outputs = sizes
     layers = []
-    for d_in, d_out in zip(sizes[:-2], sizes[1:-1]):
-        norm = [BatchNorm(d_out)] if batch_norm else []
+    for units in hidden:
+        norm = [BatchNorm(units)] if batch_norm else []
         noise = [nn.Dropout(dropout)] if dropout else []
-        layers += [nn.Linear(d_in, d_out), *norm, nn.ReLU(), *noise]
-    return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
+        layers += [nn.Linear(d, units), *norm, nn.ReLU(), *noise]
+        d = units
+    return nn.Sequential(*layers, nn.Linear(d, outputs))
 
 
 def log_bernoulli(x: Tensor, logits: Tensor) -> Tensor:
@@ -798,23 +802,25 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> N
             loss.backward()
             optimizer.step()
             losses[step] = loss.detach()
+            # Looking at a loss makes the host wait for the device: on a GPU, once an epoch is enough.
+            if device.type == "cpu" or step + 1 == steps:
+                bad = (~losses[: step + 1].isfinite()).nonzero()
+                if len(bad):
+                    raise Diverged(
+                        f"the loss became infinite or NaN in epoch {epoch + 1}, step {bad[0, 0] + 1};"
+                        f" try a smaller --lr (now {s['lr']:g})"
+                    )
             run.tick(epoch, (step + 1) / steps)
-        finite = losses.isfinite().tolist()
-        if not all(finite):
-            raise Diverged(
-                f"the loss became infinite or NaN in epoch {epoch + 1}, step {finite.index(False)}; "
-                f"try a smaller --lr (now {s['lr']:g})"
-            )
         seconds = time.perf_counter() - start
-        run.log(
-            epoch=epoch + 1,
-            loss=losses.mean().item(),
-            bound=mean_bound(model.eval(), data.x_valid[:1000], data.likelihood),
-            valid_error=error(classify or model.classify, data.x_valid, data.y_valid),
-            images_per_second=steps * (n_u or n_l) / seconds,
-            seconds=seconds,
-        )
-        run.checkpoint(model, optimizer)
+        row = {
+            "epoch": epoch + 1,
+            "loss": losses.mean().item(),
+            "bound": mean_bound(model.eval(), data.x_valid[:1000], data.likelihood),
+            "valid_error": error_rate(classify or model.classify, data.x_valid, data.y_valid),
+            "images_per_second": steps * (n_u or n_l) / seconds,
+            "seconds": seconds,
+        }
+        run.end_epoch(row, model, optimizer)
     model.eval()
 
 
@@ -824,7 +830,7 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> N
 
 
 @torch.no_grad()
-def error(classify, images: Tensor, y: Tensor) -> float:
+def error_rate(classify, images: Tensor, y: Tensor) -> float:
     """Percentage of images whose largest score is not that of y. Grey pixels go in as they are."""
     scores = [classify(pixels(chunk)) for chunk in images.split(1000)]
     return 100 * (torch.cat(scores).argmax(1) != y).float().mean().item()
@@ -856,13 +862,17 @@ def active_dimensions(m1: M1, images: Tensor) -> Tensor:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: under another name first, then renamed."""
+    """Write a file whole or not at all: under another name first, then renamed. Raises BadInput."""
     beside = path.with_name(path.name + ".part")
-    with open(beside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:  # a full disk, no permission, ...
+        beside.unlink(missing_ok=True)
+        raise BadInput(f"cannot write {path} ({error.strerror}); try another --out-dir") from error
 
 
 def save_torch(path: Path, content: dict) -> None:
@@ -875,7 +885,9 @@ def save_torch(path: Path, content: dict) -> None:
 def load_torch(path: Path, keys: set[str], device) -> dict:
     """Read what save_torch wrote, running no code from the file. Raises BadInput."""
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # missing, truncated, foreign or malicious: torch raises many kinds
         reason = str(error).strip().split("\n")[0][:150]
         raise BadInput(
@@ -917,22 +929,6 @@ class Run:
             self.first_epoch = self.saved["epoch"]
         return self.first_epoch
 
-    def checkpoint(self, model: nn.Module, optimizer) -> None:
-        """Everything the next epoch depends on."""
-        cuda = self.device.type == "cuda"
-        content = dict(
-            settings=self.settings,
-            stage=self.stage,
-            epoch=self.rows[-1]["epoch"],
-            model=model.state_dict(),
-            optimizer=optimizer.state_dict(),
-            rng=torch.get_rng_state(),
-            device_rng=torch.cuda.get_rng_state(self.device) if cuda else None,
-            rows=self.rows,
-            seconds=self.seconds(),
-        )
-        save_torch(self.folder / "checkpoint.pt", content)
-
     def left(self, done: float) -> str:
         """Time left in this stage after so many of its epochs, as minutes:seconds."""
         elapsed = time.perf_counter() - self.stage_start
@@ -946,14 +942,23 @@ class Run:
             line = f"{self.stage} epoch {epoch + 1}/{self.epochs} {fraction:4.0%}"
             print(f"\r{line}  {self.left(epoch + fraction)}\x1b[K", end="", flush=True)
 
-    def log(self, **row) -> None:
-        """Print the epoch's line, and write log.csv anew with its row."""
+    def end_epoch(self, row: dict, model: nn.Module, optimizer) -> None:
+        """Save a checkpoint, all that the next epoch depends on; then log the row and print it."""
         self.rows.append({"stage": self.stage, **row})
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self.rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_file(self.folder / "log.csv", text.getvalue().encode())
+        cuda = self.device.type == "cuda"
+        content = {
+            "settings": self.settings,
+            "stage": self.stage,
+            "epoch": row["epoch"],
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "device_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
+            "rows": self.rows,
+            "seconds": self.seconds(),
+        }
+        save_torch(self.folder / "checkpoint.pt", content)
+        self.write_log()
         print(
             ("\r\x1b[K" if sys.stdout.isatty() else "")
             + f"{self.stage} epoch {row['epoch']}/{self.epochs}  bound {row['bound']:.2f} nats  "
@@ -961,6 +966,14 @@ class Run:
             f"{self.left(row['epoch'])}",
             flush=True,
         )
+
+    def write_log(self) -> None:
+        """log.csv, from all rows: one an epoch."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.rows[0].keys() if self.rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_file(self.folder / "log.csv", text.getvalue().encode())
 
 
 def number(kind, low, low_allowed=True):
@@ -1010,14 +1023,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     data_dir = os.environ.get("SSVAE_DATA_DIR") or "data"
     add("--data-dir", type=Path, default=Path(data_dir), help="default: $SSVAE_DATA_DIR or data")
     add("--out-dir", type=Path, help="default: runs/<model>-<dataset>-<N>-<seed>")
-    add("--resume", action="store_true", help="go on with an interrupted run")
+    add("--resume", action="store_true", help="go on with the run if it was interrupted")
     add("--overwrite", action="store_true", help="train afresh where a run is already")
     args = parser.parse_args(argv)
 
     known = ("auto", "mnist", "fashion", "glyphs")
     if args.dataset not in known and not args.dataset.endswith(".npz"):
         raise BadInput(f"--dataset {args.dataset}: choose {', '.join(known)} or a file PATH.npz")
-    only = dict(alpha=("m2", "m1+m2"), m1_epochs=("m1+m2",), m1=("m1", "m1+m2"), classifier=("m1",))
+    only = {
+        "alpha": ("m2", "m1+m2"),
+        "m1_epochs": ("m1+m2",),
+        "m1": ("m1", "m1+m2"),
+        "classifier": ("m1",),
+    }
     for name, models in only.items():
         if getattr(args, name) is not None and args.model not in models:
             option = "--" + name.replace("_", "-")
@@ -1087,49 +1105,38 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ssvae: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nssvae: interrupted; the same command with --resume goes on", file=sys.stderr)
+        again = shlex.join(sys.argv if argv is None else ["ssvae.py", *argv])
+        resume = "" if "--resume" in again else " --resume"
+        print(f"\nssvae: interrupted; go on with: python {again}{resume}", file=sys.stderr)
         return 130
 
 
-def prepare_folder(folder: Path, settings: dict, args, device) -> tuple[dict | None, dict | None]:
-    """Make the run's folder without losing a run that is there: (results, checkpoint) found in it.
+def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, dict | None]:
+    """(results of a finished run, checkpoint of an unfinished one) in the folder, None where none.
 
-    Raises BadInput where it holds another run, or an unfinished one and --resume is not given.
+    Raises BadInput rather than let a run that is there be lost: where its settings are others, or
+    it is unfinished and --resume is not given.
     """
+    if args.overwrite:
+        return None, None
     try:
-        if args.overwrite or not folder.exists():
-            found = set()
-        else:
-            found = {path.name for path in folder.iterdir()} & {"results.json", "checkpoint.pt"}
-        if "results.json" in found:
+        if (folder / "results.json").exists():
             results = json.loads((folder / "results.json").read_text())
-            if results.get("settings") != settings:
-                raise BadInput(f"{folder} holds another run; give another --out-dir or --overwrite")
-            return results, None
-        if args.resume != ("checkpoint.pt" in found):
-            raise BadInput(
-                f"there is no unfinished run in {folder} to --resume"
-                if args.resume
-                else f"{folder} holds an unfinished run; go on with --resume or --overwrite"
-            )
-        saved = None
-        if args.resume:
-            saved = load_torch(folder / "checkpoint.pt", CHECKPOINT_KEYS, device)
-            for key, value in settings.items():
-                if saved["settings"].get(key) != value:
-                    was = saved["settings"].get(key)
-                    raise BadInput(f"--resume: {folder} was begun with {key} {was}, not {value}")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / ".writable", b"")
-        (folder / ".writable").unlink()
-        if args.overwrite:
-            for name in ("results.json", "checkpoint.pt"):
-                (folder / name).unlink(missing_ok=True)
-        return None, saved
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"cannot use the folder {folder} ({error}); give another --out-dir"
-        ) from error
+            if results.get("settings") == settings:
+                return results, None
+            raise BadInput(f"{folder} holds another run; give another --out-dir or --overwrite")
+        if not (folder / "checkpoint.pt").exists():
+            return None, None
+    except (OSError, ValueError, AttributeError) as error:
+        raise BadInput(f"cannot read {folder} ({error}); give another --out-dir") from error
+    if not args.resume:
+        raise BadInput(f"{folder} holds an unfinished run; go on with --resume or --overwrite")
+    saved = load_torch(folder / "checkpoint.pt", CHECKPOINT_KEYS, device)
+    for key, value in settings.items():
+        if saved["settings"].get(key) != value:
+            was = saved["settings"].get(key)
+            raise BadInput(f"--resume: {folder} was begun with {key} {was}, not {value}")
+    return None, saved
 
 
 def train_and_evaluate(args: argparse.Namespace) -> int:
@@ -1158,11 +1165,20 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
     m1 = load_m1(args.m1, data, s_m1, device) if args.m1 else None
     name = f"{args.model}-{data.name}-{args.labels}-{args.seed}"
     folder = args.out_dir or Path("runs") / name
-    results, saved = prepare_folder(folder, settings, args, device)
+    results, saved = find_run(folder, settings, args, device)
     if results:
         print(summary(results))
         print(f"This run is finished, in {folder}; --overwrite trains it afresh.")
         return 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if args.overwrite:
+            (folder / "results.json").unlink(missing_ok=True)
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
+    except OSError as error:
+        raise BadInput(
+            f"cannot make {folder} ({error.strerror}); give another --out-dir"
+        ) from error
 
     # Train: M1 where the model has one, then M1's classifier or M2.
     torch.manual_seed(args.seed)
@@ -1210,19 +1226,20 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
 
     # Evaluate. This is the only place where the test set is read.
     results = dict(settings)
-    results |= dict(
-        settings=settings,
-        torch=torch.__version__,
-        parameters=sum(p.numel() for p in model.parameters()),
-        images_per_second=np.mean([row["images_per_second"] for row in run.rows] or 0),
-        valid_error=error(classify, data.x_valid, data.y_valid),
-        test_error=error(classify, data.x_test, data.y_test),
-        bound=mean_bound(model, data.x_test, data.likelihood),
-        seconds=run.seconds(),
-    )
-    weights = dict(settings=settings, model=model.state_dict())
+    results |= {
+        "settings": settings,
+        "torch": torch.__version__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "images_per_second": np.mean([row["images_per_second"] for row in run.rows] or 0),
+        "valid_error": error_rate(classify, data.x_valid, data.y_valid),
+        "test_error": error_rate(classify, data.x_test, data.y_test),
+        "bound": mean_bound(model, data.x_test, data.likelihood),
+        "seconds": run.seconds(),
+    }
+    weights = {"settings": settings, "model": model.state_dict()}
     if args.model == "m1":
         weights["classifier"] = classifier.state_dict()
+    run.write_log()
     save_torch(folder / "model.pt", weights)
     write_file(folder / "results.json", json.dumps(results, indent=2).encode())
     (folder / "checkpoint.pt").unlink(missing_ok=True)

@@ -20,7 +20,7 @@ import torch.distributions as D
 import torch.nn.functional as F
 
 import ssvae
-from ssvae import M1, M2, M1M2, TSVM
+from ssvae import M1, M1M2, M2, TSVM
 
 HERE = Path(__file__).parent
 DRAWS = 40_000  # of z, where an expectation is compared with an integral
@@ -118,7 +118,9 @@ def test_eq5_is_an_equality_for_the_exact_posterior():
     m1 = M1(4, z_dim=2, hidden=(), likelihood="gaussian").eval()
     W = torch.tensor([[1.0, 1], [1, -1], [0.5, 0.5], [0, 0]])  # orthogonal columns
     b, s2 = torch.tensor([0.3, -0.2, 0.1, 0.5]), 0.6
-    precision = 1 + (W**2).sum(0) / s2  # the posterior is N(W'(x - b) / s2 / precision, 1/precision)
+    precision = (
+        1 + (W**2).sum(0) / s2
+    )  # the posterior is N(W'(x - b) / s2 / precision, 1/precision)
     A = W.T / s2 / precision[:, None]
     with torch.no_grad():
         m1.p_x[0].weight.copy_(torch.cat([W, torch.zeros(4, 2)]))
@@ -256,7 +258,7 @@ def test_objective_is_J_alpha_once_the_ramp_is_over(fixed_noise):
     """The ramp changes nothing after s["ramp"]; at t = 0 only labels count."""
     m2 = small_m2()
     x, y = (torch.rand(3, 6) < 0.5).float(), torch.tensor([0, 1, 2])
-    s = dict(alpha=0.7, ramp=0.5)
+    s = {"alpha": 0.7, "ramp": 0.5}
     for t in (0.5, 0.9):
         oracle = m2.J_alpha(x, y, x, 0.5, 0.7)
         torch.testing.assert_close(m2.objective(x, y, x, 0.5, t, s), oracle)
@@ -299,7 +301,7 @@ def test_losses_and_gradients_stay_finite(fill, size, bf16):
     """All-black and all-white images, tiny minibatches, certain classifiers, both precisions."""
     torch.manual_seed(0)
     x, y = torch.full((size, 20), fill), torch.arange(size) % 2
-    s = dict(alpha=1.0, ramp=0.0)
+    s = {"alpha": 1.0, "ramp": 0.0}
     m1, m2 = M1(20, 3, (8,)), M2(20, 2, 3, (8,), threshold=0.01)
     m2.q_y[-1].bias.data = torch.tensor([1e4, -1e4])
     stack = M1M2(M1(20, 3, (8,)), M2(3, 2, 1, (8,), likelihood="gaussian"), torch.arange(3)).train()
@@ -343,7 +345,7 @@ def test_tsvm_features_approximate_the_gaussian_kernel():
     torch.manual_seed(0)
     svm, z = TSVM(3, 2, width=1.5, features=20_000), torch.randn(10, 3)
     phi = (2 / 20_000) ** 0.5 * torch.cos(z @ svm.W + svm.u)
-    kernel = torch.exp(-torch.cdist(z, z) ** 2 / (2 * 1.5**2))
+    kernel = torch.exp(-(torch.cdist(z, z) ** 2) / (2 * 1.5**2))
     torch.testing.assert_close(phi @ phi.T, kernel, atol=0.04, rtol=0)
 
 
@@ -406,7 +408,7 @@ def test_glyphs_are_reproducible_and_not_solved_by_100_labels():
     assert np.array_equal(ssvae.glyphs(4000)[0], x) and sorted(set(y.tolist())) == list(range(10))
     x = x.flatten(1) / 255
     knn = ssvae.KNN(x[:100], y[:100], 10)
-    assert ssvae.error(knn, x[1000:], y[1000:]) > 30
+    assert ssvae.error_rate(knn, x[1000:], y[1000:]) > 30
 
 
 def test_npz_formats(tmp_path, small):
@@ -471,8 +473,7 @@ def test_training_lowers_the_bound_and_the_error(small, tmp_path, model):
     assert float(log[-1]["bound"]) > float(log[0]["bound"]) + 5
     assert results["bound"] > float(log[0]["bound"]) + 5
     assert results["test_error"] < 65
-    for key in ("model dataset labels seed epochs alpha lr batch_size device torch parameters "
-                "valid_error").split():  # fmt: skip
+    for key in ["model", "dataset", "labels", "seed", "epochs", "alpha", "lr", "batch_size", "device", "torch", "parameters", "valid_error"]:  # fmt: skip
         assert key in results
 
 
@@ -484,13 +485,14 @@ def test_same_seed_same_result_and_resume_changes_nothing(small, tmp_path, model
     run(*args, tmp_path / "b")
     assert_same(outcome(tmp_path / "a"), outcome(tmp_path / "b"))
 
-    checkpoint = ssvae.Run.checkpoint
+    save_torch = ssvae.save_torch
 
-    def interrupted(self, *rest):
-        checkpoint(self, *rest)
-        raise KeyboardInterrupt
+    def interrupted(path, content):
+        save_torch(path, content)
+        if path.name == "checkpoint.pt":
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(ssvae.Run, "checkpoint", interrupted)
+    monkeypatch.setattr(ssvae, "save_torch", interrupted)
     run(*args, tmp_path / "c", code=130)
     run(*args, tmp_path / "c", code=2)  # neither --resume nor --overwrite
     for _ in range(3 if model == "m1+m2" else 1):
@@ -634,7 +636,7 @@ BAD = """
     --model m1+m2 --m1 malicious.pt | --model m1 --m1 malicious2.pt | --model m1+m2 --m1 .
     --model m1+m2 --m1 text.pt --m1-epochs 2 | --model m1 --m1 text.pt --epochs 2
     --classifier knn | --model m1 --classifier tree | --model m1+m2 --classifier tsvm
-    --resume | --resume --overwrite | --out-dir file | --out-dir file/below | --out-dir /proc/none
+    --resume --overwrite | --out-dir file | --out-dir file/below | --out-dir /proc/none
     --dataset mnist --data-dir file | --dataset mnist --data-dir /proc/none | --dataset short.npz
     --dataset empty.npz | --dataset object.npz | --dataset shape.npz | --dataset range.npz
     --dataset nan.npz | --dataset type.npz | --dataset length.npz | --dataset negative.npz
@@ -665,6 +667,7 @@ def command(*args, **environment):
         [sys.executable, str(HERE / "ssvae.py"), *map(str, args)],
         capture_output=True,
         text=True,
+        check=False,
         env={**os.environ, **environment},
     )
 
@@ -687,8 +690,7 @@ def test_command_good_and_bad(small, tmp_path):
 
 def test_help_names_every_option():
     text = command("--help").stdout
-    for option in ("model dataset labels epochs batch-size lr alpha m1-epochs m1 classifier seed "
-                   "device data-dir out-dir resume overwrite").split():  # fmt: skip
+    for option in ["model", "dataset", "labels", "epochs", "batch-size", "lr", "alpha", "m1-epochs", "m1", "classifier", "seed", "device", "data-dir", "out-dir", "resume", "overwrite"]:  # fmt: skip
         assert f"--{option}" in text
 
 
@@ -750,25 +752,27 @@ def test_classes_can_be_pasted_elsewhere():
     heads = ["\n# 2. BUILDING", "\n# 3. M1:", "\n# 4. M2:", "\n# 5. M1+M2:", "\n# 6. CLASSIFIERS"]
     cuts = [source.index(head) for head in heads]
     blocks, m1, m2, stack = (source[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True))
-    imports = "import math\nfrom typing import NamedTuple\nimport torch\nfrom torch import Tensor, nn"
+    imports = (
+        "import math\nfrom typing import NamedTuple\nimport torch\nfrom torch import Tensor, nn"
+    )
     imports += "\nimport torch.nn.functional as F\n"
     x, y = (torch.rand(50, 20) < 0.5).float(), torch.arange(50) % 2
-    s = dict(alpha=1.0, ramp=0.0)
+    s = {"alpha": 1.0, "ramp": 0.0}
     for pasted, make in (
         (m1, "M1(20, 3, (8,))"),
         (m2, "M2(20, 2, 3, (8,))"),
         (m1 + m2 + stack, "M1M2(M1(20, 3), M2(3, 2, 1, likelihood='gaussian'), torch.arange(3))"),
     ):
         namespace = {}
-        exec(imports + blocks + pasted, namespace)
+        exec(imports + blocks + pasted, namespace)  # noqa: S102
         torch.manual_seed(0)
         model = eval(make, namespace)
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
         losses = []
-        for _ in range(30):
+        for _ in range(100):
             loss = model.objective(x, y, x, 0.5, 1.0, s)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        assert losses[-1] < losses[0]
+        assert sum(losses[-20:]) < sum(losses[:20])
