@@ -26,8 +26,8 @@ z is the style: everything about the image that is not the class.
     a classifier is then        labelled images only                [x]
     trained on z
 
-All three are trained alike: log p(x), the quantity we want high, is an integral over the latent
-variables that nobody can do, so we raise a lower bound on it that we can compute (derived at M1).
+All three are trained alike: log p(x), the quantity we want high, is an intractable integral over
+the latent variables, so we raise a lower bound on it that we can compute (derived at M1).
 
 NOTATION (the paper's)
     x           an image as a vector of D pixels, [B, D] in a minibatch of B
@@ -35,11 +35,12 @@ NOTATION (the paper's)
     z, z1, z2   continuous latent variables, [B, Z]
     p_theta     the generative model or "decoder":  p(y) p(z) p(x|y,z)
     q_phi       the recognition model or "encoder": q(z|x), q(z|x,y) and the classifier q(y|x)
-    L, U, J     losses, i.e. minus a lower bound: labelled (eq. 6), unlabelled (eq. 7), both (eq. 8)
+    L, U, J     losses, i.e. minus a lower bound: labelled (eq. 6), unlabelled (eq. 7), both
+                (eq. 8; the paper writes J for M1's too, eq. 5)
     alpha       weight of the classification loss (eq. 9)
     N, M        the number of labelled and of unlabelled training images
-All losses are in nats (natural logarithm). E_q[.] is an expectation over q, KL the divergence
-KL(q || p) = E_q[log q - log p] >= 0, H(q) = -E_q[log q] the entropy.
+The three models' losses are in nats (natural logarithm). E_q[.] is an expectation over q,
+KL(q || p) = E_q[log q - log p] >= 0 the divergence, H(q) = -E_q[log q] the entropy.
 
 Read on from top to bottom: 1 settings, 2 building blocks, 3 M1, 4 M2, 5 M1+M2, 6 classifiers on
 M1's features, 7 data, 8 training, 9 evaluation, 10 the command line.
@@ -64,9 +65,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # =================================================================================================
-# 1. SETTINGS: one table, one column a model. Chosen on the validation error of MNIST with N = 100.
+# 1. SETTINGS: one table, one column a model
 # =================================================================================================
-# For the stack, M1's stage takes the column "m1", its M2 stage the column "m1+m2".
+# Chosen on MNIST with N = 100, by the error on the 10,000 validation images (whose labels are used
+# for that, as in the paper: N labels alone would be a poor guide). For the stack, M1's stage takes
+# the column "m1", its M2 stage the column "m1+m2".
 
 SETTINGS = {
     "m1": {
@@ -86,7 +89,7 @@ SETTINGS = {
         "hidden": (500, 500),
         "batch_norm": False,  # in q(z|x,y) and p(x|y,z); the classifier q(y|x) always has it
         "dropout": 0.5,  # in the classifier
-        "alpha": 10.0,  # of the classification loss, per image (see WHAT ALPHA IS; paper: 0.1)
+        "alpha": 10.0,  # of the classification loss, per image: a in WHAT ALPHA IS (paper: 0.1)
         "ramp": 0.5,  # fraction of training in which unlabelled images fade in (see M2.objective)
         "threshold": 0.01,  # labels with q(y|x) below it are left out of the sum over y (see M2.U)
     },
@@ -157,6 +160,7 @@ def log_gaussian(x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     The log of the Gaussian density, written with logvar = log sigma^2 so that a network may output
     any real number:  sum_d  -1/2 [ log 2 pi + log sigma_d^2 + (x_d - mu_d)^2 / sigma_d^2 ].
     """
+    mu, logvar = mu.float(), logvar.float()
     return -0.5 * (math.log(2 * math.pi) + logvar + (x - mu) ** 2 * torch.exp(-logvar)).sum(-1)
 
 
@@ -179,39 +183,33 @@ def sample_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
     z = mu + sigma * eps with eps ~ N(0, I). The randomness no longer depends on the parameters, so
     grad E_q[f(z)] = E_eps[grad f(mu + sigma * eps)]: the gradient of an average is an average of
     gradients, and one draw estimates it without bias. (The alternative, the score function
-    E_q[f(z) grad log q(z)], uses only the value of f, not its slope, and is far noisier.)
+    E_q[f(z) grad log q(z)], uses only the value of f, not its slope, and is usually far noisier.)
     """
     return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
 
 
-class Likelihood(NamedTuple):
-    """How a decoder's outputs parameterise p(x|.): what it assumes of x is the data set's choice."""
-
-    outputs: int  # decoder outputs per dimension of x
-    log_p: object  # log p(x|.): (x, *parameters), each [B, D] -> [B]
-
-
+# What is assumed of x, the data set's choice: the number of decoder outputs per dimension of x, and
+# log p(x|.) as a function of x and those outputs, each [B, D] -> [B].
 LIKELIHOODS = {
-    "bernoulli": Likelihood(1, log_bernoulli),  # x is 0 or 1; one logit a pixel
-    "gaussian": Likelihood(2, log_gaussian),  # x is real; a mean and a log-variance a dimension
+    "bernoulli": (1, log_bernoulli),  # x is 0 or 1; one logit a pixel
+    "gaussian": (2, log_gaussian),  # x is real; a mean and a log-variance a dimension
 }
-
 
 # =================================================================================================
 # 3. M1: a variational autoencoder on all images, labels unused (section 2.1)
 # =================================================================================================
 #
-# p(z) = N(0, I),   p(x|z) = f(x; z, theta),   q(z|x) = N(mu(x), diag sigma^2(x))             (eq. 1, 3)
+# p(z) = N(0, I),   p(x|z) = f(x; z, theta),   q(z|x) = N(mu(x), diag sigma^2(x))           (eq. 1, 3)
 #
 # The bound. log p(x) is the log of an integral over z. Multiply and divide by any density q(z|x):
 #     log p(x) = log integral p(x|z) p(z) dz = log E_q(z|x)[ p(x|z) p(z) / q(z|x) ]
 #             >= E_q(z|x)[ log p(x|z) + log p(z) - log q(z|x) ]       (Jensen: log is concave)
-#              = E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || p(z) )  =: -J(x)                         (eq. 5)
+#              = E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || p(z) )  =: -J(x)                       (eq. 5)
 # How much do we lose? Put p(x|z) p(z) = p(z|x) p(x) into the second line; log p(x) leaves E_q:
 #     -J(x) = log p(x) - KL( q(z|x) || p(z|x) ),
 # so lowering J raises log p(x) or draws q(z|x) to the true posterior: fitting the model and doing
 # inference are one minimisation. The first term of -J rewards z that reconstructs x; the KL is the
-# price in nats of everything z says about x.
+# price of what z says about x: averaged over x, no less than their mutual information in nats.
 
 
 class M1(nn.Module):
@@ -219,9 +217,9 @@ class M1(nn.Module):
 
     def __init__(self, x_dim: int, z_dim=50, hidden=(600, 600), likelihood="bernoulli"):
         super().__init__()
-        self.likelihood = LIKELIHOODS[likelihood]
+        self.outputs, self.log_density = LIKELIHOODS[likelihood]
         self.q_z = mlp(x_dim, *hidden, 2 * z_dim)  # mu(x) and log sigma^2(x)
-        self.p_x = mlp(z_dim, *reversed(hidden), x_dim * self.likelihood.outputs)
+        self.p_x = mlp(z_dim, *reversed(hidden), x_dim * self.outputs)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mu and logvar of q(z|x), both [B, Z]. mu is the feature vector of x (section 2.1)."""
@@ -230,10 +228,10 @@ class M1(nn.Module):
 
     def log_p_x(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x|z), [B], nats."""
-        return self.likelihood.log_p(x, *self.p_x(z).chunk(self.likelihood.outputs, -1))
+        return self.log_density(x, *self.p_x(z).chunk(self.outputs, -1))
 
     def J(self, x: Tensor, beta: float = 1.0) -> Tensor:
-        """Eq. 5 with one draw of z, [B], nats per image. -J(x) <= log p(x) on average if beta = 1."""
+        """Eq. 5 with one draw of z, [B], nats per image. If beta = 1, -J <= log p(x) on average."""
         mu, logvar = self.encode(x)
         z = sample_gaussian(mu, logvar)
         return -self.log_p_x(x, z) + beta * kl_gaussian(mu, logvar)
@@ -244,13 +242,13 @@ class M1(nn.Module):
         Why the ramp. Early on the decoder is too poor to use z, so the cheapest thing a latent
         dimension can do is to pay no KL: q(z_d|x) = p(z_d). The decoder then learns to ignore it,
         and no gradient ever brings it back (posterior collapse). A KL weight beta that grows from
-        0 to 1 lets the decoder learn to use z first. Batch normalisation does most: it keeps
-        mu(x) varying over the images of a minibatch however small its weights are.
+        0 to 1 lets the decoder learn to use z first. Batch normalisation helps as well: it keeps
+        what the last hidden layer tells mu(x) varying over the images of a minibatch.
         """
         return self.J(x_u, beta=min(1.0, t / s["ramp"]) if s["ramp"] else 1.0).mean()
 
     def bound(self, x: Tensor) -> Tensor:
-        """A lower bound on log p(x), [B], nats per image: one draw of -J(x)."""
+        """-J(x), [B], nats per image: <= log p(x) on average over its draw of z."""
         return -self.J(x)
 
 
@@ -258,24 +256,26 @@ class M1(nn.Module):
 # 4. M2: the class is a latent variable, observed for the labelled images (section 2.2)
 # =================================================================================================
 #
-# p(y) = Cat(1/K, ..., 1/K),  p(z) = N(0, I),  p(x|y,z) = f(x; y, z, theta)                       (eq. 2)
-# q(z|x,y) = N(mu(x,y), diag sigma^2(x,y)),    q(y|x) = Cat(pi(x))                                (eq. 4)
+# p(y) = Cat(1/K, ..., 1/K),  p(z) = N(0, I),  p(x|y,z) = f(x; y, z, theta)                     (eq. 2)
+# q(z|x,y) = N(mu(x,y), diag sigma^2(x,y)),    q(y|x) = Cat(pi(x))                              (eq. 4)
 #
 # LABELLED images. x and y are both observed, z is latent: M1's derivation with (x, y) for x gives
 #     log p(x,y) >= E_q(z|x,y)[ log p(x|y,z) + log p(y) + log p(z) - log q(z|x,y) ]
-#                 = E_q(z|x,y)[ log p(x|y,z) ] + log p(y) - KL( q(z|x,y) || p(z) )  =: -L(x,y)    (eq. 6)
+#                 = E_q(z|x,y)[ log p(x|y,z) ] + log p(y) - KL( q(z|x,y) || p(z) )  =: -L(x,y)  (eq. 6)
 #
 # UNLABELLED images. y is latent too. Take q(y,z|x) = q(y|x) q(z|x,y) and the same Jensen step:
 #     log p(x) >= E_q(y,z|x)[ log p(x|y,z) + log p(y) + log p(z) - log q(z|x,y) - log q(y|x) ]
 #               = sum_y q(y|x) [ -L(x,y) ] - sum_y q(y|x) log q(y|x)
 #               = sum_y q(y|x) [ -L(x,y) ] + H( q(y|x) )                            =: -U(x)      (eq. 7)
-# For fixed L the best q(y|x) is softmax_y( -L(x,y) ): Bayes' rule with the bounds in place of
-# log p(x,y). So U teaches the classifier to agree with the generative model, and H is what makes
-# the answer a softmax: without H all of q goes to the smallest L, sure of itself from the first step.
+# What does U teach q(y|x)? Let r(y) = softmax_y( -L(x,y) ), Bayes' rule with the bounds in place of
+# log p(x,y), so that L(x,y) = -log r(y) - log sum_y' exp(-L(x,y')). Put that into U:
+#     U(x) = KL( q(y|x) || r(y) ) - log sum_y' exp( -L(x,y') ),
+# least at q = r: the classifier learns to agree with the generative model. H makes the answer a
+# softmax: without H the best q is certain of the smallest L, however small the difference.
 #
 # THE WHOLE SET of N labelled and M unlabelled images:
 #     J = sum_labelled L(x,y) + sum_unlabelled U(x)                                               (eq. 8)
-# Labels never touch q(y|x) in J, yet q(y|x) is the classifier we want. So it is given them too:
+# L(x,y) does not contain q(y|x), yet that is the classifier we want. So it is given the labels too:
 #     J^alpha = J + alpha * E_labelled[ -log q(y|x) ]                                             (eq. 9)
 #
 # WHAT ALPHA IS. The paper sets alpha = 0.1 * N without saying which N, and E_labelled is a mean over
@@ -284,12 +284,13 @@ class M1(nn.Module):
 # N + M. Divide J^alpha by it and everything is per image, whatever the size of the set:
 #     J^alpha / (N + M) = mean of the bound terms + a * mean_labelled[ -log q(y|x) ],
 # a = alpha / (N + M). This a is our --alpha: 0.1 is the paper's. Reading N as the number of labels
-# would make the classification loss (N + M) / N times weaker (500 times, for N = 100).
+# would make the classification loss (N + M) / N times weaker: 500 times for 100 of 50,000 images.
 #
 # SUMMING OVER y FOR LESS. Eq. 7 holds for any distribution over y. Take q(y|x), drop the labels to
 # which it gives less than a threshold, and renormalise what is left to q~(y|x): U with q~ in place
-# of q is again minus a lower bound on log p(x), as good as q~ is close to q, and costs one
-# L(x, y) per label kept: after a few epochs 1.3 of 10 on average. At threshold 0 it is U itself.
+# of q is again minus a lower bound on log p(x), and by the formula above as tight as q~ is close to r.
+# It costs one L(x,y) per label kept: once q(y|x) is sure of most images, little more than one.
+# At threshold 0 it is U itself. The price: a label cut for x gets no say until q(y|x) changes.
 
 
 class M2(nn.Module):
@@ -307,16 +308,16 @@ class M2(nn.Module):
         threshold=0.0,
     ):
         super().__init__()
-        self.y_dim, self.z_dim, self.threshold = y_dim, z_dim, threshold
-        self.likelihood = LIKELIHOODS[likelihood]
+        self.y_dim, self.threshold = y_dim, min(threshold, 0.5 / y_dim)  # never cut the largest
+        self.outputs, self.log_density = LIKELIHOODS[likelihood]
         self.q_y = mlp(x_dim, *hidden, y_dim, dropout=dropout)
         # q(z|x,y) and p(x|y,z) take two inputs. Their first layer is linear in [x, one-hot(y)]:
         # W [x, one-hot(y)] = W_x x + (column y of W_y). So W_x is the first layer of an ordinary
         # MLP on x and W_y a table of K vectors, and W_x x is computed once for all labels of x.
-        # The table starts with large entries, so that y matters to the decoder from the start.
+        # The tables start with large entries, so that y matters from the start.
         self.q_z = mlp(x_dim, *hidden, 2 * z_dim, batch_norm=batch_norm)
         self.q_z_y = nn.Embedding(y_dim, hidden[0])
-        outputs = x_dim * self.likelihood.outputs
+        outputs = x_dim * self.outputs
         self.p_x = mlp(z_dim, *reversed(hidden), outputs, batch_norm=batch_norm)
         self.p_x_y = nn.Embedding(y_dim, hidden[-1])
         for table in (self.q_z_y, self.p_x_y):
@@ -336,7 +337,7 @@ class M2(nn.Module):
     def decode(self, y: Tensor, z: Tensor) -> tuple[Tensor, ...]:
         """Parameters of p(x|y,z), each [P, D]: the logits, or the mean and the log-variance."""
         h = self.p_x[0](z)
-        return self.p_x[1:](h + self.p_x_y(y).to(h.dtype)).chunk(self.likelihood.outputs, -1)
+        return self.p_x[1:](h + self.p_x_y(y).to(h.dtype)).chunk(self.outputs, -1)
 
     def L(self, x: Tensor, y: Tensor, i: Tensor | None = None) -> Tensor:
         """Eq. 6 with one draw of z, [P], nats per pair: -L(x,y) <= log p(x,y) on average.
@@ -346,24 +347,26 @@ class M2(nn.Module):
         mu, logvar = self.encode(x, y, i)
         z = sample_gaussian(mu, logvar)
         x = x if i is None else x.index_select(0, i)
-        log_p_x = self.likelihood.log_p(x, *self.decode(y, z))  # log p(x|y,z)
-        log_p_y = -math.log(self.y_dim)  # log p(y), uniform
+        log_p_x = self.log_density(x, *self.decode(y, z))  # log p(x|y,z)
+        log_p_y = -math.log(self.y_dim)  # log p(y), uniform: a constant
         return -(log_p_x + log_p_y - kl_gaussian(mu, logvar))
 
-    def U(self, x: Tensor, log_q: Tensor | None = None) -> Tensor:
-        """Eq. 7 over the labels kept by the threshold, [B], nats per image; log_q = log q(y|x)."""
+    def U(self, x: Tensor, log_q: Tensor | None = None, threshold: float | None = None) -> Tensor:
+        """Eq. 7, [B], nats per image; log_q = log q(y|x), [B, K]; threshold: self.threshold."""
         B, K = len(x), self.y_dim
         log_q = self.log_q_y(x) if log_q is None else log_q
-        keep = log_q.exp() >= self.threshold  # [B, K]; no row is empty while threshold <= 1/K
+        threshold = self.threshold if threshold is None else threshold
+        keep = log_q.exp() >= threshold  # [B, K]; the largest is >= 1/K and stays
         log_q = log_q - (log_q.exp() * keep).sum(-1, keepdim=True).log()  # log q~(y|x)
-        # List the n kept pairs (x_i, y). The list is padded to a multiple of B/2: CPU libraries
-        # prepare anew for every shape they meet, so let them meet few. A threshold of 0 keeps all
-        # B * K pairs, which is known without asking the device.
-        n = B * K if self.threshold == 0 else int(keep.sum())
+        # List the n kept pairs (x_i, y): number p is (x[i[p]], y[p]). At threshold 0 there are B * K,
+        # which is known without asking the device. The list is repeated from its start up to a
+        # multiple of B/2: CPU libraries prepare anew for every shape, so let them meet few.
+        n = B * K if threshold == 0 else int(keep.sum())
         P = n if n == B * K else math.ceil(2 * n / B) * math.ceil(B / 2)
-        i, y = torch.nonzero_static(keep, size=P, fill_value=0).unbind(1)
+        p = torch.arange(P, device=x.device)
+        i, y = torch.nonzero_static(keep, size=n)[p % n].unbind(1)
         log_q = log_q.flatten().index_select(0, i * K + y)  # [P]
-        q = log_q.exp() * (torch.arange(P, device=x.device) < n)  # the padding has weight 0
+        q = log_q.exp() * (p < n)  # the repeated pairs have weight 0
         terms = q * (self.L(x, y, i) + log_q)  # q~(y|x) [ L(x,y) + log q~(y|x) ]
         return torch.zeros(B, device=x.device).index_add(0, i, terms)  # sum over y
 
@@ -379,10 +382,10 @@ class M2(nn.Module):
         """Eq. 8 and 9 per image of the whole set, estimated from a minibatch: a scalar, nats.
 
         labelled = N / (N + M). The N labelled images are few, so every minibatch takes many of
-        them beside its unlabelled ones; the shares of the whole set, not of the minibatch, weigh
-        the two means, so this is an unbiased estimate of J^alpha / (N + M). ramp multiplies U.
+        them beside its unlabelled ones. The two means are weighed by their shares of the whole set,
+        not of the minibatch, so this estimates J^alpha / (N + M). ramp multiplies U.
         """
-        log_q = self.log_q_y(torch.cat([x_l, x_u]))  # together: one batch normalisation for both
+        log_q = self.log_q_y(torch.cat([x_l, x_u]))  # together: one batch normalisation of q(y|x)
         log_q_l, log_q_u = log_q[: len(x_l)], log_q[len(x_l) :]
         J = labelled * self.L(x_l, y_l).mean()
         if len(x_u):
@@ -395,8 +398,9 @@ class M2(nn.Module):
         The failure to avoid: q(y|x) soon fits the few labels and is certain everywhere, right or
         wrong. In eq. 7 it then sees only its own guess, and the generative model learns the wrong
         class from it. So U fades in from weight 0 to 1 while t goes from 0 to s["ramp"] (the
-        labels speak first), and dropout keeps q(y|x) from fitting them too closely. After the ramp
-        the loss is J^alpha.
+        labels speak first), and dropout keeps q(y|x) from fitting them too closely. For the same
+        reason alpha is larger than the paper's. After the ramp the loss is J^alpha / (N + M). (At
+        t = 0 the decoder has only L, with weight N / (N + M); Adam does not mind small gradients.)
         """
         ramp = min(1.0, t / s["ramp"]) if s["ramp"] else 1.0
         return self.J_alpha(x_l, y_l, x_u, labelled, s["alpha"], ramp)
@@ -406,11 +410,8 @@ class M2(nn.Module):
         return self.log_q_y(x)
 
     def bound(self, x: Tensor) -> Tensor:
-        """A lower bound on log p(x), [B], nats per image: one draw of -U(x), all labels summed."""
-        threshold, self.threshold = self.threshold, 0.0
-        bound = -self.U(x)
-        self.threshold = threshold
-        return bound
+        """-U(x) over all labels, [B], nats per image: <= log p(x) on average over its draw of z."""
+        return -self.U(x, threshold=0.0)
 
 
 # =================================================================================================
@@ -419,9 +420,9 @@ class M2(nn.Module):
 #
 #     p(x, y, z1, z2) = p(y) p(z2) p(z1|y,z2) p(x|z1),  q(z1|x) from M1,  q(y|z1), q(z2|z1,y) from M2
 #
-# Why stack? On pixels, M2 is paid by the nat, and a digit's class is worth log 10 = 2.3 nats of the
-# 100 or so that an image costs: how thick, how slanted and where the strokes are is worth far more,
-# and a decoder this free can explain an image well under the wrong class. M1 first finds some 30
+# Why stack? On pixels, M2's loss counts nats, and a digit's class is worth log 10 = 2.3 of the 100
+# or so that an image costs: how thick, how slanted and where the strokes are is worth far more,
+# and a decoder this free can explain an image well under the wrong class. M1 first finds a few dozen
 # features that already explain the pixels; among those, the class is no longer a small matter.
 #
 # The bound. With z1 and M1's q(z1|x), section 3's derivation reads
@@ -431,11 +432,12 @@ class M2(nn.Module):
 #     log p(x) >= E_q(z1|x)[ log p(x|z1) - U(z1) - log q(z1|x) ].
 # Training is in two stages. M1 is trained with p(z1) = N(0, I) and then frozen: p(x|z1) and q(z1|x)
 # no longer change, so raising this bound is lowering E_q(z1|x)[ U(z1) ]: M2, with a Gaussian
-# p(z1|y,z2), on a fresh draw z1 ~ q(z1|x) at every visit of x. For labelled x, L(z1,y) likewise.
+# p(z1|y,z2), on a fresh draw z1 ~ q(z1|x) at every visit of x. For labelled x, log p(x,y) has the
+# same bound with -L(z1,y) <= log p(z1,y) in place of -U(z1).
 # What two stages give up: the bound is still a bound, but no longer maximised over all parameters
 # together; q(z1|x) was fitted to another prior and does not learn of the classes.
 # M1 leaves some dimensions unused: their mean does not vary and q(z1_d|x) is close to N(0, 1). They
-# keep that prior, and M2 sees only the active ones.
+# keep N(0, 1) as a prior, a factor of p(z1) in the bound; M2 models only the active ones.
 
 
 class M1M2(nn.Module):
@@ -453,7 +455,7 @@ class M1M2(nn.Module):
         return self
 
     def objective(self, x_l, y_l, x_u, labelled: float, t: float, s) -> Tensor:
-        """M2.objective on z1 ~ q(z1|x): nats per image, about z1 rather than x."""
+        """M2.objective on z1 ~ q(z1|x). Nats of a density of z1: not to be compared with pixels'."""
         z1 = sample_gaussian(*self.m1.encode(torch.cat([x_l, x_u])))[:, self.active]
         return self.m2.objective(z1[: len(x_l)], y_l, z1[len(x_l) :], labelled, t, s)
 
@@ -462,7 +464,7 @@ class M1M2(nn.Module):
         return self.m2.classify(self.m1.encode(x)[0][:, self.active])
 
     def bound(self, x: Tensor) -> Tensor:
-        """A lower bound on log p(x), [B], nats per image, through both layers: one draw."""
+        """The bound on log p(x) derived above, [B], nats per image: one draw of z1 and of z2."""
         mu, logvar = self.m1.encode(x)
         z1 = sample_gaussian(mu, logvar)
         log_q_z1 = log_gaussian(z1, mu, logvar)
@@ -500,11 +502,11 @@ class TSVM(nn.Module):
     class k against the rest, and pays for what is missing, here by its square:
         hinge(f(z), y) = sum_k max(0, 1 - t_k(y) f_k(z))^2.
     An unlabelled z has no y, so y is minimised over as well. The minimum is at y = argmax_k f_k(z)
-    (making y = j instead of k changes the hinge by a decreasing function of f_j less the same
-    function of f_k). It pulls unlabelled points away from the boundaries f_k = 0, that is, it
+    (making y = j instead of k changes the hinge by g(f_j) - g(f_k), where
+    g(f) = max(0, 1 - f)^2 - max(0, 1 + f)^2 decreases in f). It pulls unlabelled points away from the boundaries f_k = 0, that is, it
     pushes the boundaries to where there are few points. That has one foolish optimum: all points
-    on one side. So the mean score of each class over the unlabelled points is held to its mean over
-    the class-balanced labelled ones. In all, with weights w of the scores:
+    on one side. So the mean score of each class over the unlabelled points is held near its mean
+    over the class-balanced labelled ones. In all, with weights w of the scores:
         mean_labelled hinge(f(z), y)  +  r mean_unlabelled min_y hinge(f(z), y)
         + b sum_k ( mean_unlabelled f_k - mean_labelled f_k )^2  +  c/2 |w|^2,
     where r grows from 0 to 1 during the first half of training, since the first guesses are poor.
@@ -544,7 +546,7 @@ def fit_tsvm(
 ) -> TSVM:
     """Train a TSVM on labelled features z_l [N, Z], y_l [N] and unlabelled ones z_u [M, Z]."""
     sample = z_u[torch.randperm(len(z_u), device=z_u.device)[:1000]]
-    width = 0.57 * torch.cdist(sample, sample).median().item()  # half a typical distance
+    width = max(0.57 * torch.cdist(sample, sample).median().item(), 1e-3)
     svm = TSVM(z_l.shape[1], y_dim, width).to(z_l.device)
     optimizer = torch.optim.Adam(svm.linear.parameters())
     for step in range(steps):
@@ -673,7 +675,10 @@ def load_npz(path: Path) -> list[np.ndarray]:
     y_dim = int(y_train.max()) + 1
     if y_dim < 2 or y_test.max() >= y_dim or len(np.unique(y_train)) != y_dim:
         raise BadInput(f"{path}: the labels in y_train must be 0..K-1, each present, K >= 2")
-    return arrays
+    x_train, x_test = (
+        x if x.dtype == np.uint8 else x.astype(np.float32) for x in (x_train, x_test)
+    )
+    return [x_train, y_train.astype(np.int64), x_test, y_test.astype(np.int64)]
 
 
 def split(y: Tensor, n_labels: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -700,7 +705,7 @@ def load_data(dataset: str, data_dir: Path, n_labels: int, seed: int, device) ->
     """Read a data set, split it by the seed and put it on the device. Raises BadInput."""
     name = dataset
     if dataset.endswith(".npz"):
-        arrays, name = load_npz(Path(dataset)), Path(dataset).stem
+        arrays, name = load_npz(Path(dataset)), Path(dataset).name
     elif dataset != "glyphs":
         try:
             arrays = load_torchvision("mnist" if dataset == "auto" else dataset, data_dir)
@@ -738,8 +743,8 @@ def observe(images: Tensor, likelihood: str) -> Tensor:
     """Draw the x that the models see from stored images: [B, D] -> [B, D] float32.
 
     Bernoulli: a grey pixel is read as the probability that the pixel is on, and binary images are
-    drawn from it, afresh at every visit. The models explain binary x, so the bound is a bound on
-    the log probability of something, and no two epochs see the same image.
+    drawn from it, afresh at every visit. So the bound is one on the log probability of a binary
+    image, and no two epochs see the same one.
     Gaussian: a stored value stands for an interval of width 1/256, and x is drawn uniformly from
     it. A density could otherwise grow without limit on values that repeat exactly.
     """
@@ -767,7 +772,8 @@ def bfloat16_is_faster(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and bool(capabilities.get("amx_bf16"))
 
 
 def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> None:
@@ -785,6 +791,8 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> N
     )
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16_is_faster(device))
     for epoch in range(run.restore(model, optimizer), s["epochs"]):
+        # Every epoch has random numbers of its own, so a resumed run needs no record of their state.
+        torch.manual_seed((run.settings["seed"] * 1_000_003 + epoch) % 2**63)
         model.train()
         order = torch.randperm(M, device=device)
         losses = torch.zeros(steps, device=device)
@@ -808,14 +816,15 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> N
                 if len(bad):
                     raise Diverged(
                         f"the loss became infinite or NaN in epoch {epoch + 1}, step {bad[0, 0] + 1};"
-                        f" try a smaller --lr (now {s['lr']:g})"
+                        f" try a smaller --lr (now {s['lr']:g}), with --overwrite"
                     )
             run.tick(epoch, (step + 1) / steps)
         seconds = time.perf_counter() - start
+        model.eval()
         row = {
             "epoch": epoch + 1,
             "loss": losses.mean().item(),
-            "bound": mean_bound(model.eval(), data.x_valid[:1000], data.likelihood),
+            "bound": mean_bound(model, data.x_valid[:1000], data.likelihood),
             "valid_error": error_rate(classify or model.classify, data.x_valid, data.y_valid),
             "images_per_second": steps * (n_u or n_l) / seconds,
             "seconds": seconds,
@@ -831,7 +840,10 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> N
 
 @torch.no_grad()
 def error_rate(classify, images: Tensor, y: Tensor) -> float:
-    """Percentage of images whose largest score is not that of y. Grey pixels go in as they are."""
+    """Percentage of images whose largest score is not that of y.
+
+    Pixels go in as they are stored, the mean of the draws that training saw: no noise in the answer.
+    """
     scores = [classify(pixels(chunk)) for chunk in images.split(1000)]
     return 100 * (torch.cat(scores).argmax(1) != y).float().mean().item()
 
@@ -839,9 +851,8 @@ def error_rate(classify, images: Tensor, y: Tensor) -> float:
 @torch.no_grad()
 def mean_bound(model: nn.Module, images: Tensor, likelihood: str) -> float:
     """Mean of model.bound, nats per image. Draws x and z from a fixed seed, so calls compare."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        bounds = [model.bound(observe(chunk, likelihood)) for chunk in images.split(1000)]
+    torch.manual_seed(0)
+    bounds = [model.bound(observe(chunk, likelihood)) for chunk in images.split(1000)]
     return torch.cat(bounds).mean().item()
 
 
@@ -852,8 +863,9 @@ def features(m1: M1, images: Tensor) -> Tensor:
 
 
 def active_dimensions(m1: M1, images: Tensor) -> Tensor:
-    """Indices of the z whose posterior mean varies over the images: std > 0.1, as the authors."""
-    return (features(m1, images).std(0) > 0.1).nonzero().squeeze(1)
+    """Indices of the z_d whose mean varies over the images: std > 0.1, as the authors have it."""
+    std = features(m1, images).std(0)
+    return (std > min(0.1, std.max() / 2)).nonzero().squeeze(1)  # never none
 
 
 # =================================================================================================
@@ -898,14 +910,14 @@ def load_torch(path: Path, keys: set[str], device) -> dict:
     return content
 
 
-CHECKPOINT_KEYS = {"settings", "stage", "epoch", "model", "optimizer", "rng", "rows", "seconds"}
+CHECKPOINT_KEYS = {"settings", "stage", "epoch", "model", "optimizer", "rows", "seconds"}
 
 
 class Run:
     """A run's folder, progress lines and log; with saved, a checkpoint, it goes on from there."""
 
-    def __init__(self, folder: Path, settings: dict, saved: dict | None, device):
-        self.folder, self.settings, self.saved, self.device = folder, settings, saved, device
+    def __init__(self, folder: Path, settings: dict, saved: dict | None):
+        self.folder, self.settings, self.saved = folder, settings, saved
         self.rows = saved["rows"] if saved else []
         self.start = time.perf_counter() - (saved["seconds"] if saved else 0)
         self.stage, self.epochs, self.last_tick = "", 0, 0.0
@@ -923,9 +935,6 @@ class Run:
         if self.saved and self.saved["stage"] == self.stage:
             model.load_state_dict(self.saved["model"])
             optimizer.load_state_dict(self.saved["optimizer"])
-            torch.set_rng_state(self.saved["rng"].cpu())
-            if self.device.type == "cuda":
-                torch.cuda.set_rng_state(self.saved["device_rng"].cpu(), self.device)
             self.first_epoch = self.saved["epoch"]
         return self.first_epoch
 
@@ -945,15 +954,12 @@ class Run:
     def end_epoch(self, row: dict, model: nn.Module, optimizer) -> None:
         """Save a checkpoint, all that the next epoch depends on; then log the row and print it."""
         self.rows.append({"stage": self.stage, **row})
-        cuda = self.device.type == "cuda"
         content = {
             "settings": self.settings,
             "stage": self.stage,
             "epoch": row["epoch"],
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-            "device_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
             "rows": self.rows,
             "seconds": self.seconds(),
         }
@@ -1012,8 +1018,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--labels", type=count, default=100, help="N, the number of labelled images (100)")
     add("--epochs", type=count, help="epochs of training; for m1+m2, of its M2 stage")
-    add("--batch-size", type=count, help="unlabelled images in a minibatch")
-    add("--lr", type=positive, help="Adam's first step size; it falls linearly to 0")
+    add("--batch-size", type=count, help="unlabelled images in a minibatch; as --epochs")
+    add("--lr", type=positive, help="Adam's first step size, falls linearly to 0; as --epochs")
     add("--alpha", type=number(float, 0), help="weight of the classification loss (eq. 9)")
     add("--m1-epochs", type=count, help="for m1+m2: epochs of its M1 stage")
     add("--m1", type=Path, metavar="FILE", help="model.pt of an M1 to use instead of training one")
@@ -1039,7 +1045,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name, models in only.items():
         if getattr(args, name) is not None and args.model not in models:
             option = "--" + name.replace("_", "-")
-            raise BadInput(f"{option} has no meaning for {args.model}, only for {models}; drop it")
+            raise BadInput(
+                f"{option} has no meaning for {args.model}, only for {' and '.join(models)}; drop it"
+            )
     if args.m1 and args.m1_epochs:
         raise BadInput("--m1 gives a trained M1, so --m1-epochs has no meaning; drop one of them")
     if args.m1 and args.model == "m1" and (args.epochs or args.batch_size or args.lr):
@@ -1072,7 +1080,7 @@ def load_m1(path: Path, data: Data, s: dict, device) -> M1:
         raise BadInput(f"--m1 {path} holds {saved['settings'].get('model')}, not m1")
     if saved["settings"].get("dataset") != data.name:
         raise BadInput(
-            f"--m1 {path} was trained on {saved['settings']['dataset']}, not {data.name}"
+            f"--m1 {path} was trained on {saved['settings'].get('dataset')}, not {data.name}"
         )
     try:
         m1.load_state_dict(saved["model"])
@@ -1105,9 +1113,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ssvae: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        again = shlex.join(sys.argv if argv is None else ["ssvae.py", *argv])
-        resume = "" if "--resume" in again else " --resume"
-        print(f"\nssvae: interrupted; go on with: python {again}{resume}", file=sys.stderr)
+        argv = [a for a in (sys.argv[1:] if argv is None else argv) if a != "--overwrite"]
+        again = shlex.join(["python", sys.argv[0], *argv, *["--resume"][: "--resume" not in argv]])
+        print(f"\nssvae: interrupted; go on with: {again}", file=sys.stderr)
         return 130
 
 
@@ -1122,7 +1130,7 @@ def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, d
     try:
         if (folder / "results.json").exists():
             results = json.loads((folder / "results.json").read_text())
-            if results.get("settings") == settings:
+            if all(results.get(key) == value for key, value in settings.items()):
                 return results, None
             raise BadInput(f"{folder} holds another run; give another --out-dir or --overwrite")
         if not (folder / "checkpoint.pt").exists():
@@ -1145,7 +1153,8 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
     data = load_data(args.dataset, args.data_dir, args.labels, args.seed, device)
     x_dim = math.prod(data.shape)
 
-    # Settings: the table's, unless the command line says otherwise.
+    # The settings s are the table's, unless the command line says otherwise. All that a result
+    # depends on goes into settings, which go into every file and tell one run from another.
     s = dict(SETTINGS[args.model])
     for name in ("epochs", "batch_size", "lr", "alpha"):
         if getattr(args, name) is not None:
@@ -1153,6 +1162,7 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
     s_m1 = s if args.model == "m1" else dict(SETTINGS["m1"])
     s_m1["epochs"] = args.m1_epochs or s_m1["epochs"]
     settings = dict(model=args.model, dataset=data.name, labels=args.labels, seed=args.seed, **s)
+    settings["file"] = str(Path(args.dataset).resolve()) if data.name.endswith(".npz") else None
     settings["alpha"] = s.get("alpha")
     settings["device"] = device.type
     settings["m1"] = str(args.m1) if args.m1 else None
@@ -1162,6 +1172,7 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
         settings["m1_epochs"] = s_m1["epochs"]
     settings = json.loads(json.dumps(settings))  # tuples become lists, as they will in the files
 
+    # What is in the folder already?
     m1 = load_m1(args.m1, data, s_m1, device) if args.m1 else None
     name = f"{args.model}-{data.name}-{args.labels}-{args.seed}"
     folder = args.out_dir or Path("runs") / name
@@ -1181,11 +1192,11 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
         ) from error
 
     # Train: M1 where the model has one, then M1's classifier or M2.
-    torch.manual_seed(args.seed)
-    run = Run(folder, settings, saved, device)
+    run = Run(folder, settings, saved)
     if args.model != "m2":
         images = torch.cat([data.x_l, data.x_u])
         if m1 is None:
+            torch.manual_seed(args.seed)
             m1 = M1(x_dim, s_m1["z_dim"], s_m1["hidden"], data.likelihood).to(device)
             no_labels = data._replace(x_l=images[:0], y_l=data.y_l[:0], x_u=images)
 
@@ -1197,7 +1208,8 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
             if not (saved and saved["stage"] == "m1+m2"):
                 train(m1, no_labels, s_m1, run, nearest)
     if args.model == "m1":
-        z_l, z_u = features(m1, data.x_l), features(m1, data.x_u)
+        torch.manual_seed(args.seed)
+        z_l, z_u = features(m1, data.x_l), features(m1, images)
         if settings["classifier"] == "knn":
             classifier = KNN(z_l, data.y_l, data.y_dim)
         else:
@@ -1209,6 +1221,7 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
             resumed = saved and saved["stage"] == "m1+m2"
             active = saved["model"]["active"] if resumed else active_dimensions(m1, images)
             likelihood, m2_dim = "gaussian", len(active)
+        torch.manual_seed(args.seed)
         m2 = M2(
             m2_dim,
             data.y_dim,
@@ -1225,12 +1238,11 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
         classify = model.classify
 
     # Evaluate. This is the only place where the test set is read.
-    results = dict(settings)
-    results |= {
-        "settings": settings,
+    results = {
+        **settings,
         "torch": torch.__version__,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "images_per_second": np.mean([row["images_per_second"] for row in run.rows] or 0),
+        "images_per_second": run.rows[-1]["images_per_second"] if run.rows else None,
         "valid_error": error_rate(classify, data.x_valid, data.y_valid),
         "test_error": error_rate(classify, data.x_test, data.y_test),
         "bound": mean_bound(model, data.x_test, data.likelihood),

@@ -11,6 +11,7 @@ import os
 import pickle
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -138,7 +139,7 @@ def m2_log_joint(m2, x):
     log_p = []
     for y in range(m2.y_dim):
         parameters = m2.decode(torch.full((len(z),), y), z)
-        log_p_x = m2.likelihood.log_p(x.expand(len(z), -1), *parameters)
+        log_p_x = m2.log_density(x.expand(len(z), -1), *parameters)
         log_p.append(torch.logsumexp(log_p_x + D.Normal(0, 1).log_prob(z[:, 0]) + log_dz, 0))
     return torch.stack(log_p) - torch.log(torch.tensor(float(m2.y_dim)))
 
@@ -159,7 +160,7 @@ def test_eq6_labelled_bound(likelihood):
         mu, logvar = m2.encode(x, y)
         log_q = D.Normal(mu[0], (0.5 * logvar[0]).exp()).log_prob(z[:, 0])
         parameters = m2.decode(y.expand(len(z)), z)
-        log_p_x = m2.likelihood.log_p(x.expand(len(z), -1), *parameters)
+        log_p_x = m2.log_density(x.expand(len(z), -1), *parameters)
         log_posterior = log_p_x + D.Normal(0, 1).log_prob(z[:, 0])
         log_posterior = log_posterior - torch.logsumexp(log_posterior + log_dz, 0)
         gap = (log_q.exp() * (log_q - log_posterior) * log_dz.exp()).sum()
@@ -192,7 +193,7 @@ def enumerated_U(m2, x, q):
     return torch.stack(U)
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.2, 1 / 3])
+@pytest.mark.parametrize("threshold", [0.0, 0.1, 0.16])
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_eq7_unlabelled_bound_by_enumeration(fixed_noise, threshold, batch_norm):
     """U and its gradient equal the enumerated sum's, for q(y|x) cut at the threshold as well."""
@@ -212,7 +213,7 @@ def test_eq7_unlabelled_bound_by_enumeration(fixed_noise, threshold, batch_norm)
         torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.2])
+@pytest.mark.parametrize("threshold", [0.0, 0.16])
 def test_eq7_is_a_bound_on_log_p_x(threshold):
     """-U(x) <= log p(x) = log sum_y p(x,y), by quadrature, for the truncated sum as well."""
     m2 = small_m2(threshold=threshold)
@@ -227,8 +228,9 @@ def test_truncated_sum_tends_to_the_full_one(fixed_noise):
     """Below the smallest q(y|x) nothing is cut: the truncated U is the full one."""
     m2, x = small_m2(), (torch.rand(9, 6) < 0.5).float()
     full = m2.U(x)
-    m2.threshold = 0.5 * m2.log_q_y(x).exp().min().item()
-    torch.testing.assert_close(m2.U(x), full)
+    smallest = m2.log_q_y(x).exp().min().item()
+    torch.testing.assert_close(m2.U(x, threshold=0.9 * smallest), full)
+    assert not torch.allclose(m2.U(x, threshold=0.16), full)
 
 
 def test_without_the_entropy_the_best_q_is_certain_and_with_it_bayes_rule(fixed_noise):
@@ -423,7 +425,7 @@ def test_npz_formats(tmp_path, small):
         path = tmp_path / "own.npz"
         np.savez(path, x_train=x, y_train=y, x_test=x[:9], y_test=y[:9])
         data = ssvae.load_data(str(path), tmp_path, 6, 0, "cpu")
-        assert (data.name, data.shape, data.y_dim) == ("own", shape, 3)
+        assert (data.name, data.shape, data.y_dim) == ("own.npz", shape, 3)
         assert data.likelihood == likelihood
         assert (len(data.x_l), len(data.x_u), len(data.x_valid)) == (6, 44, 10)
         first = np.moveaxis(x.reshape(60, 5, 4, -1)[0], -1, 0).ravel()  # channels first
@@ -446,8 +448,8 @@ def quick(model):
 def outcome(folder):
     """What a run came to, times aside: weights, results and log."""
     results = json.loads((folder / "results.json").read_text())
-    for name in ("seconds", "images_per_second"):
-        assert results.pop(name) >= 0
+    for name in ("seconds", "images_per_second", "file"):
+        del results[name]
     log = list(csv.DictReader((folder / "log.csv").open()))
     for row in log:
         del row["seconds"], row["images_per_second"]
@@ -715,7 +717,7 @@ def test_auto_falls_back_on_glyphs_and_says_so(tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(not os.environ.get("SSVAE_DATA_DIR"), reason="SSVAE_DATA_DIR is not set")
 @pytest.mark.parametrize("dataset", ["mnist", "fashion"])
 def test_truncated_data_files_are_not_read_silently(dataset, tmp_path):
-    """Cut one of the four files at random places, or flip a byte of its header."""
+    """One of the four files cut at ten random places, then each byte of its header flipped."""
     name = {"mnist": "MNIST", "fashion": "FashionMNIST"}[dataset]
     source = Path(os.environ["SSVAE_DATA_DIR"]) / name / "raw"
     raw = tmp_path / name / "raw"
@@ -723,13 +725,13 @@ def test_truncated_data_files_are_not_read_silently(dataset, tmp_path):
     for path in source.glob("*-ubyte"):
         (raw / path.name).symlink_to(path)
     rng = np.random.default_rng(0)
-    for k in range(8):
+    for k in range(18):
         path = sorted(raw.iterdir())[k % 4]
         content = bytearray((source / path.name).read_bytes())
-        if k < 4:
+        if k < 10:
             content = content[: rng.integers(len(content))]
         else:
-            content[rng.integers(2, 8)] ^= 0xFF
+            content[k - 10] ^= 0xFF
         path.unlink()
         path.write_bytes(content)
         with pytest.raises(ssvae.BadInput):
@@ -751,7 +753,7 @@ def test_classes_can_be_pasted_elsewhere():
     source = (HERE / "ssvae.py").read_text()
     heads = ["\n# 2. BUILDING", "\n# 3. M1:", "\n# 4. M2:", "\n# 5. M1+M2:", "\n# 6. CLASSIFIERS"]
     cuts = [source.index(head) for head in heads]
-    blocks, m1, m2, stack = (source[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True))
+    blocks, m1, m2, stack = (source[a:b] for a, b in pairwise(cuts))
     imports = (
         "import math\nfrom typing import NamedTuple\nimport torch\nfrom torch import Tensor, nn"
     )
