@@ -91,7 +91,7 @@ SETTINGS = {
         "dropout": 0.5,  # in the classifier
         "alpha": 10.0,  # of the classification loss, per image: a in WHAT ALPHA IS (paper: 0.1)
         "ramp": 0.5,  # fraction of training in which unlabelled images fade in (see M2.objective)
-        "threshold": 0.01,  # labels with q(y|x) below it are left out of the sum over y (see M2.U)
+        "threshold": 0.01,  # labels with q(y|x) below it are left out of the sum (CPU only; see M2.U)
     },
     "m1+m2": {
         "epochs": 100,
@@ -199,12 +199,12 @@ LIKELIHOODS = {
 # 3. M1: a variational autoencoder on all images, labels unused (section 2.1)
 # =================================================================================================
 #
-# p(z) = N(0, I),   p(x|z) = f(x; z, theta),   q(z|x) = N(mu(x), diag sigma^2(x))           (eq. 1, 3)
+# p(z) = N(0, I),   p(x|z) = f(x; z, theta),   q(z|x) = N(mu(x), diag sigma^2(x))         (eq. 1, 3)
 #
 # The bound. log p(x) is the log of an integral over z. Multiply and divide by any density q(z|x):
 #     log p(x) = log integral p(x|z) p(z) dz = log E_q(z|x)[ p(x|z) p(z) / q(z|x) ]
 #             >= E_q(z|x)[ log p(x|z) + log p(z) - log q(z|x) ]       (Jensen: log is concave)
-#              = E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || p(z) )  =: -J(x)                       (eq. 5)
+#              = E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || p(z) )  =: -J(x)                     (eq. 5)
 # How much do we lose? Put p(x|z) p(z) = p(z|x) p(x) into the second line; log p(x) leaves E_q:
 #     -J(x) = log p(x) - KL( q(z|x) || p(z|x) ),
 # so lowering J raises log p(x) or draws q(z|x) to the true posterior: fitting the model and doing
@@ -256,17 +256,17 @@ class M1(nn.Module):
 # 4. M2: the class is a latent variable, observed for the labelled images (section 2.2)
 # =================================================================================================
 #
-# p(y) = Cat(1/K, ..., 1/K),  p(z) = N(0, I),  p(x|y,z) = f(x; y, z, theta)                     (eq. 2)
-# q(z|x,y) = N(mu(x,y), diag sigma^2(x,y)),    q(y|x) = Cat(pi(x))                              (eq. 4)
+# p(y) = Cat(1/K, ..., 1/K),  p(z) = N(0, I),  p(x|y,z) = f(x; y, z, theta)                  (eq. 2)
+# q(z|x,y) = N(mu(x,y), diag sigma^2(x,y)),    q(y|x) = Cat(pi(x))                           (eq. 4)
 #
 # LABELLED images. x and y are both observed, z is latent: M1's derivation with (x, y) for x gives
 #     log p(x,y) >= E_q(z|x,y)[ log p(x|y,z) + log p(y) + log p(z) - log q(z|x,y) ]
-#                 = E_q(z|x,y)[ log p(x|y,z) ] + log p(y) - KL( q(z|x,y) || p(z) )  =: -L(x,y)  (eq. 6)
+#                 = E_q(z|x,y)[ log p(x|y,z) ] + log p(y) - KL(q(z|x,y) || p(z)) =: -L(x,y)  (eq. 6)
 #
 # UNLABELLED images. y is latent too. Take q(y,z|x) = q(y|x) q(z|x,y) and the same Jensen step:
 #     log p(x) >= E_q(y,z|x)[ log p(x|y,z) + log p(y) + log p(z) - log q(z|x,y) - log q(y|x) ]
 #               = sum_y q(y|x) [ -L(x,y) ] - sum_y q(y|x) log q(y|x)
-#               = sum_y q(y|x) [ -L(x,y) ] + H( q(y|x) )                            =: -U(x)      (eq. 7)
+#               = sum_y q(y|x) [ -L(x,y) ] + H( q(y|x) )                            =: -U(x) (eq. 7)
 # What does U teach q(y|x)? Let r(y) = softmax_y( -L(x,y) ), Bayes' rule with the bounds in place of
 # log p(x,y), so that L(x,y) = -log r(y) - log sum_y' exp(-L(x,y')). Put that into U:
 #     U(x) = KL( q(y|x) || r(y) ) - log sum_y' exp( -L(x,y') ),
@@ -274,21 +274,21 @@ class M1(nn.Module):
 # softmax: without H the best q is certain of the smallest L, however small the difference.
 #
 # THE WHOLE SET of N labelled and M unlabelled images:
-#     J = sum_labelled L(x,y) + sum_unlabelled U(x)                                               (eq. 8)
+#     J = sum_labelled L(x,y) + sum_unlabelled U(x)                                          (eq. 8)
 # L(x,y) does not contain q(y|x), yet that is the classifier we want. So it is given the labels too:
-#     J^alpha = J + alpha * E_labelled[ -log q(y|x) ]                                             (eq. 9)
+#     J^alpha = J + alpha * E_labelled[ -log q(y|x) ]                                        (eq. 9)
 #
-# WHAT ALPHA IS. The paper sets alpha = 0.1 * N without saying which N, and E_labelled is a mean over
-# labelled points. The authors' code multiplies each labelled point's -log q(y|x), in the sum over
-# the data set, by 0.1 (N + M) / N. The two agree if the paper's N is the size of the WHOLE set, here
-# N + M. Divide J^alpha by it and everything is per image, whatever the size of the set:
+# WHAT ALPHA IS. The paper sets alpha = 0.1 * N without saying which N, and E_labelled is a mean
+# over labelled points. The authors' code multiplies each labelled point's -log q(y|x), in the sum
+# over the set, by 0.1 (N + M) / N. The two agree if the paper's N is the size of the WHOLE set,
+# here N + M. Divide J^alpha by it and everything is per image, whatever the size of the set:
 #     J^alpha / (N + M) = mean of the bound terms + a * mean_labelled[ -log q(y|x) ],
 # a = alpha / (N + M). This a is our --alpha: 0.1 is the paper's. Reading N as the number of labels
 # would make the classification loss (N + M) / N times weaker: 500 times for 100 of 50,000 images.
 #
 # SUMMING OVER y FOR LESS. Eq. 7 holds for any distribution over y. Take q(y|x), drop the labels to
 # which it gives less than a threshold, and renormalise what is left to q~(y|x): U with q~ in place
-# of q is again minus a lower bound on log p(x), and by the formula above as tight as q~ is close to r.
+# of q is again minus a lower bound on log p(x), by the formula above as tight as q~ is close to r.
 # It costs one L(x,y) per label kept: once q(y|x) is sure of most images, little more than one.
 # At threshold 0 it is U itself. The price: a label cut for x gets no say until q(y|x) changes.
 
@@ -358,13 +358,13 @@ class M2(nn.Module):
         threshold = self.threshold if threshold is None else threshold
         keep = log_q.exp() >= threshold  # [B, K]; the largest is >= 1/K and stays
         log_q = log_q - (log_q.exp() * keep).sum(-1, keepdim=True).log()  # log q~(y|x)
-        # List the n kept pairs (x_i, y): number p is (x[i[p]], y[p]). At threshold 0 there are B * K,
-        # which is known without asking the device. The list is repeated from its start up to a
-        # multiple of B/2: CPU libraries prepare anew for every shape, so let them meet few.
+        # List the kept pairs: number p is (x[i[p]], y[p]). All B * K are known without asking the
+        # device; fewer are counted, and their list is repeated from its start up to a multiple of
+        # B/2: CPU libraries prepare anew for every shape they meet, so let them meet few.
         n = B * K if threshold == 0 else int(keep.sum())
-        P = n if n == B * K else math.ceil(2 * n / B) * math.ceil(B / 2)
+        P = n if threshold == 0 else math.ceil(2 * n / B) * math.ceil(B / 2)
         p = torch.arange(P, device=x.device)
-        i, y = torch.nonzero_static(keep, size=n)[p % n].unbind(1)
+        i, y = (p // K, p % K) if threshold == 0 else keep.nonzero()[p % n].unbind(1)
         log_q = log_q.flatten().index_select(0, i * K + y)  # [P]
         q = log_q.exp() * (p < n)  # the repeated pairs have weight 0
         terms = q * (self.L(x, y, i) + log_q)  # q~(y|x) [ L(x,y) + log q~(y|x) ]
@@ -418,12 +418,13 @@ class M2(nn.Module):
 # 5. M1+M2: M2 on M1's features (section 3.1.3)
 # =================================================================================================
 #
-#     p(x, y, z1, z2) = p(y) p(z2) p(z1|y,z2) p(x|z1),  q(z1|x) from M1,  q(y|z1), q(z2|z1,y) from M2
+#     p(x, y, z1, z2) = p(y) p(z2) p(z1|y,z2) p(x|z1)
+#     q(z1|x) from M1;  q(y|z1) and q(z2|z1,y) from M2
 #
 # Why stack? On pixels, M2's loss counts nats, and a digit's class is worth log 10 = 2.3 of the 100
 # or so that an image costs: how thick, how slanted and where the strokes are is worth far more,
-# and a decoder this free can explain an image well under the wrong class. M1 first finds a few dozen
-# features that already explain the pixels; among those, the class is no longer a small matter.
+# and a decoder this free can explain an image well under the wrong class. M1 first finds a few
+# dozen features that explain the pixels; among those, the class is no longer a small matter.
 #
 # The bound. With z1 and M1's q(z1|x), section 3's derivation reads
 #     log p(x) >= E_q(z1|x)[ log p(x|z1) + log p(z1) - log q(z1|x) ],
@@ -455,7 +456,7 @@ class M1M2(nn.Module):
         return self
 
     def objective(self, x_l, y_l, x_u, labelled: float, t: float, s) -> Tensor:
-        """M2.objective on z1 ~ q(z1|x). Nats of a density of z1: not to be compared with pixels'."""
+        """M2.objective on z1 ~ q(z1|x). Nats of a density of z1, not to be compared with M2's."""
         z1 = sample_gaussian(*self.m1.encode(torch.cat([x_l, x_u])))[:, self.active]
         return self.m2.objective(z1[: len(x_l)], y_l, z1[len(x_l) :], labelled, t, s)
 
@@ -502,11 +503,12 @@ class TSVM(nn.Module):
     class k against the rest, and pays for what is missing, here by its square:
         hinge(f(z), y) = sum_k max(0, 1 - t_k(y) f_k(z))^2.
     An unlabelled z has no y, so y is minimised over as well. The minimum is at y = argmax_k f_k(z)
-    (making y = j instead of k changes the hinge by g(f_j) - g(f_k), where
-    g(f) = max(0, 1 - f)^2 - max(0, 1 + f)^2 decreases in f). It pulls unlabelled points away from the boundaries f_k = 0, that is, it
-    pushes the boundaries to where there are few points. That has one foolish optimum: all points
-    on one side. So the mean score of each class over the unlabelled points is held near its mean
-    over the class-balanced labelled ones. In all, with weights w of the scores:
+    (y = j instead of k changes the hinge by g(f_j) - g(f_k), and the function
+    g(f) = max(0, 1 - f)^2 - max(0, 1 + f)^2 decreases in f). It pulls unlabelled points away from
+    the boundaries f_k = 0, that is, it pushes the boundaries to where there are few points. That
+    has one foolish optimum: all points on one side. So the mean score of each class over the
+    unlabelled points is held near its mean over the class-balanced labelled ones. In all, with
+    weights w of the scores:
         mean_labelled hinge(f(z), y)  +  r mean_unlabelled min_y hinge(f(z), y)
         + b sum_k ( mean_unlabelled f_k - mean_labelled f_k )^2  +  c/2 |w|^2,
     where r grows from 0 to 1 during the first half of training, since the first guesses are poor.
@@ -779,8 +781,8 @@ def bfloat16_is_faster(device: torch.device) -> bool:
 def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> None:
     """Minimise model.objective with Adam, by the settings s; one row in the log per epoch.
 
-    Everything stays on the device and nothing waits for it inside an epoch, except for the number
-    of kept pairs in M2.U. classify: scores for the validation error, model.classify by default.
+    Everything stays on the device and, on an accelerator, nothing waits for it inside an epoch.
+    classify: scores for the validation error, model.classify by default.
     """
     N, M, device = len(data.x_l), len(data.x_u), data.x_l.device
     n_l = min(N, s.get("batch_labelled", 0))  # labelled images in a minibatch
@@ -791,7 +793,7 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> N
     )
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16_is_faster(device))
     for epoch in range(run.restore(model, optimizer), s["epochs"]):
-        # Every epoch has random numbers of its own, so a resumed run needs no record of their state.
+        # Every epoch has its own random numbers, so a resumed run needs no record of their state.
         torch.manual_seed((run.settings["seed"] * 1_000_003 + epoch) % 2**63)
         model.train()
         order = torch.randperm(M, device=device)
@@ -810,13 +812,13 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> N
             loss.backward()
             optimizer.step()
             losses[step] = loss.detach()
-            # Looking at a loss makes the host wait for the device: on a GPU, once an epoch is enough.
+            # Looking at a loss makes the host wait for the device: on a GPU, do it once an epoch.
             if device.type == "cpu" or step + 1 == steps:
                 bad = (~losses[: step + 1].isfinite()).nonzero()
                 if len(bad):
                     raise Diverged(
-                        f"the loss became infinite or NaN in epoch {epoch + 1}, step {bad[0, 0] + 1};"
-                        f" try a smaller --lr (now {s['lr']:g}), with --overwrite"
+                        f"the loss became infinite or NaN in epoch {epoch + 1}, step "
+                        f"{bad[0, 0] + 1}; try a smaller --lr (now {s['lr']:g}), with --overwrite"
                     )
             run.tick(epoch, (step + 1) / steps)
         seconds = time.perf_counter() - start
@@ -842,7 +844,7 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> N
 def error_rate(classify, images: Tensor, y: Tensor) -> float:
     """Percentage of images whose largest score is not that of y.
 
-    Pixels go in as they are stored, the mean of the draws that training saw: no noise in the answer.
+    Pixels go in as stored, which is the mean of the draws that training saw.
     """
     scores = [classify(pixels(chunk)) for chunk in images.split(1000)]
     return 100 * (torch.cat(scores).argmax(1) != y).float().mean().item()
@@ -1046,7 +1048,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) is not None and args.model not in models:
             option = "--" + name.replace("_", "-")
             raise BadInput(
-                f"{option} has no meaning for {args.model}, only for {' and '.join(models)}; drop it"
+                f"{option} has no meaning for {args.model}, only for {' and '.join(models)}"
             )
     if args.m1 and args.m1_epochs:
         raise BadInput("--m1 gives a trained M1, so --m1-epochs has no meaning; drop one of them")
@@ -1159,6 +1161,8 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
     for name in ("epochs", "batch_size", "lr", "alpha"):
         if getattr(args, name) is not None:
             s[name] = getattr(args, name)
+    if device.type != "cpu" and "threshold" in s:
+        s["threshold"] = 0.0  # counting the kept pairs would make the host wait at every step
     s_m1 = s if args.model == "m1" else dict(SETTINGS["m1"])
     s_m1["epochs"] = args.m1_epochs or s_m1["epochs"]
     settings = dict(model=args.model, dataset=data.name, labels=args.labels, seed=args.seed, **s)

@@ -53,7 +53,7 @@ def near(estimates, truth, sigmas=5):
     return abs(estimates.double().mean() - truth) < sigmas * error + 1e-3
 
 
-# ---- building blocks ----------------------------------------------------------------------------
+# ---- building blocks -----------------------------------------------------------------------------
 
 
 def test_log_bernoulli():
@@ -92,7 +92,7 @@ def test_reparameterisation_gradient():
     assert near(logvar.grad[:, 0], torch.tensor(0.4).exp())
 
 
-# ---- the bounds, against numerical integration over a one-dimensional z ---------------------------
+# ---- the bounds, against numerical integration over a one-dimensional z --------------------------
 
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
@@ -289,11 +289,11 @@ def test_M1M2_bound():
         log_p_x = torch.logsumexp(log_p + 2 * log_dz, 0)
         bound = stack.bound(x.expand(DRAWS, -1))
         assert bound.mean() < log_p_x + 5 * bound.std() / DRAWS**0.5
-        # and it is importance sampling's log weight but for M2's own gap, so exp() does not overshoot
+        # exp(bound) is an importance weight less M2's own gap: its mean does not exceed p(x)
         assert bound.exp().mean() < log_p_x.exp() * 1.1
 
 
-# ---- numbers at the edges -------------------------------------------------------------------------
+# ---- numbers at the edges ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fill", [0.0, 1.0])
@@ -315,7 +315,34 @@ def test_losses_and_gradients_stay_finite(fill, size, bf16):
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-# ---- classifiers on M1's features -------------------------------------------------------------------
+@pytest.mark.parametrize("seed", range(20))
+def test_shapes_and_settings_at_random(seed):
+    """Shapes, signs and finite gradients of every model function, for sizes drawn at random."""
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    x_dim, K, z_dim, B, units = (int(n) for n in rng.integers([1, 2, 1, 1, 1], [30, 12, 9, 9, 20]))
+    likelihood = ["bernoulli", "gaussian"][seed % 2]
+    hidden = (units,) * int(rng.integers(1, 4))
+    m1 = M1(x_dim, z_dim, hidden, likelihood)
+    threshold = float(rng.choice([0, 0.01, 0.3, 1.0]))
+    m2 = M2(x_dim, K, z_dim, hidden, likelihood, bool(rng.integers(2)), 0.3, threshold)
+    x, y = (torch.rand(B, x_dim) < 0.5).float(), torch.randint(K, (B,))
+    assert m1.J(x).shape == m2.L(x, y).shape == m2.U(x).shape == m2.bound(x).shape == (B,)
+    q = m2.classify(x).exp()
+    assert q.shape == (B, K)
+    torch.testing.assert_close(q.sum(1), torch.ones(B))
+    mu, logvar = m1.encode(x)
+    assert mu.shape == logvar.shape == (B, z_dim)
+    assert (ssvae.kl_gaussian(mu, logvar) >= 0).all()
+    if likelihood == "bernoulli":  # probabilities: every term of the bound is a cost
+        assert (m1.J(x) > 0).all() and (m2.L(x, y) > 0).all()
+    s = {"alpha": 1.0, "ramp": 0.5}
+    for model in (m1, m2):
+        model.objective(x, y, x, 0.5, float(rng.random()), s).backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+# ---- classifiers on M1's features ----------------------------------------------------------------
 
 
 def test_knn_against_numpy():
@@ -364,7 +391,7 @@ def test_tsvm_uses_unlabelled_points():
     assert (transductive != y).float().mean() < 0.05
 
 
-# ---- data -----------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -434,7 +461,26 @@ def test_npz_formats(tmp_path, small):
             "--overwrite")  # fmt: skip
 
 
-# ---- training ---------------------------------------------------------------------------------------
+def test_damaged_npz_files_are_not_read_silently(small, tmp_path):
+    """Cut at ten random places: refused. With a byte flipped: refused, or read as it was."""
+    content, rng, path = small.read_bytes(), np.random.default_rng(0), tmp_path / "bad.npz"
+    whole = ssvae.load_npz(small)
+    for cut in rng.integers(len(content), size=10):
+        path.write_bytes(content[:cut])
+        with pytest.raises(ssvae.BadInput):
+            ssvae.load_npz(path)
+    for place in [*range(0, 200, 5), *rng.integers(len(content), size=10)]:
+        flipped = bytearray(content)
+        flipped[place] ^= 0xFF
+        path.write_bytes(flipped)
+        try:
+            arrays = ssvae.load_npz(path)
+        except ssvae.BadInput:
+            continue
+        assert all(np.array_equal(a, b) for a, b in zip(arrays, whole, strict=True)), place
+
+
+# ---- training ------------------------------------------------------------------------------------
 
 MODELS = ["m1", "m2", "m1+m2"]
 QUICK = ("--epochs", 2, "--batch-size", 200)
@@ -475,8 +521,10 @@ def test_training_lowers_the_bound_and_the_error(small, tmp_path, model):
     assert float(log[-1]["bound"]) > float(log[0]["bound"]) + 5
     assert results["bound"] > float(log[0]["bound"]) + 5
     assert results["test_error"] < 65
-    for key in ["model", "dataset", "labels", "seed", "epochs", "alpha", "lr", "batch_size", "device", "torch", "parameters", "valid_error"]:  # fmt: skip
-        assert key in results
+    assert results.keys() >= {
+        *("model", "dataset", "labels", "seed", "epochs", "alpha", "lr", "batch_size"),
+        *("device", "torch", "parameters", "valid_error", "test_error", "bound"),
+    }
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -564,17 +612,30 @@ def test_all_images_labelled_and_minibatches_of_one(small, tmp_path):
     for model in MODELS:
         for labels, batch in ((2, 1), (most, 10)):
             more = ["--classifier", "knn"] if model == "m1" else []
-            run("--model", model, "--dataset", path, "--labels", labels, "--epochs", 1,
-                "--batch-size", batch, "--out-dir", tmp_path / f"{model}{labels}", *more)  # fmt: skip
+            args = ("--dataset", path, "--labels", labels, "--epochs", 1, "--batch-size", batch)
+            run("--model", model, *args, "--out-dir", tmp_path / f"{model}{labels}", *more)
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(small, tmp_path, capsys):
-    run("--dataset", small, "--epochs", 3, "--lr", 1e30, "--out-dir", tmp_path, code=1)
+def test_a_loss_that_is_not_a_number_stops_the_run(small, tmp_path, capsys, monkeypatch):
+    """At the step where it happens; the checkpoint of the last good epoch is kept."""
+    run("--dataset", small, "--epochs", 3, "--lr", 1e30, "--out-dir", tmp_path / "a", code=1)
     assert "epoch 1, step" in capsys.readouterr().err
-    assert not (tmp_path / "results.json").exists()
+    assert not (tmp_path / "a" / "results.json").exists()
+
+    good, calls = M2.objective, []
+
+    def objective(self, *args):
+        calls.append(1)
+        return good(self, *args) * (float("nan") if len(calls) == 15 else 1.0)
+
+    monkeypatch.setattr(M2, "objective", objective)
+    args = ("--dataset", small, "--epochs", 3, "--batch-size", 200, "--out-dir", tmp_path / "b")
+    run(*args, code=1)
+    assert "epoch 2, step 3" in capsys.readouterr().err and len(calls) == 15
+    assert torch.load(tmp_path / "b" / "checkpoint.pt", weights_only=True)["epoch"] == 1
 
 
-# ---- the command line -------------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------
 
 
 def test_a_finished_run_is_not_lost(small, tmp_path, capsys):
@@ -663,15 +724,13 @@ def test_bad_input_ends_with_one_line_and_code_2(small, tmp_path, monkeypatch, c
     assert not (tmp_path / "was run").exists() and not (tmp_path / "runs").exists()
 
 
-def command(*args, **environment):
+START = 2.0  # seconds in which a command has started to train, more or less
+
+
+def command(*args, **how):
     """ssvae.py as a user calls it."""
-    return subprocess.run(
-        [sys.executable, str(HERE / "ssvae.py"), *map(str, args)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **environment},
-    )
+    line = [sys.executable, str(HERE / "ssvae.py"), *map(str, args)]
+    return subprocess.run(line, capture_output=True, text=True, check=False, **how)
 
 
 def test_command_good_and_bad(small, tmp_path):
@@ -690,9 +749,85 @@ def test_command_good_and_bad(small, tmp_path):
         assert "Traceback" not in bad.stderr and not (tmp_path / "bad").exists()
 
 
+def test_extreme_but_valid_values_run(small, tmp_path):
+    """The ends of every option's range, on M2."""
+    for k, extreme in enumerate(
+        (("--batch-size", 10**12), ("--lr", 1e-30), ("--alpha", 0), ("--alpha", 1e6),
+         ("--seed", 2**63 - 1), ("--labels", 10), ("--batch-size", 1, "--labels", 2000))
+    ):  # fmt: skip
+        path = small
+        if k == 6:  # a minibatch of one needs a small set
+            path, arrays = tmp_path / "tiny.npz", dict(np.load(small))
+            arrays |= {name: arrays[name][:200] for name in ("x_train", "y_train")}
+            np.savez(path, **arrays)
+            extreme = ("--batch-size", 1, "--labels", 20)
+        run("--dataset", path, "--epochs", 1, *extreme, "--out-dir", tmp_path / str(k))
+
+
+def test_damaged_checkpoints_are_refused(small, tmp_path, monkeypatch, capsys):
+    """Truncated, foreign, older and malicious ones: one line, exit code 2, nothing run."""
+    args = (*quick("m2"), "--dataset", small, "--out-dir", tmp_path / "run")
+    save_torch = ssvae.save_torch
+
+    def interrupted(path, content):
+        save_torch(path, content)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ssvae, "save_torch", interrupted)
+    run(*args, code=130)
+    assert "--resume" in capsys.readouterr().err
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    whole = checkpoint.read_bytes()
+    older = torch.load(checkpoint, weights_only=True)
+    del older["rows"]
+    save_torch(tmp_path / "older.pt", older)
+    bad_files(tmp_path, small)
+    names = ["older.pt", "text.pt", "foreign.pt", "malicious.pt", "malicious2.pt"]
+    rng = np.random.default_rng(0)
+    cuts = [whole[: rng.integers(len(whole))] for _ in range(10)]
+    for content in [*cuts, *[(tmp_path / name).read_bytes() for name in names]]:
+        checkpoint.write_bytes(content)
+        run(*args, "--resume", code=2)
+        err = capsys.readouterr().err
+        assert err.startswith("ssvae: ") and err.count("\n") == 1
+    assert not (tmp_path / "was run").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits and signals of Unix")
+def test_a_full_disk_ends_the_run_with_one_line(small, tmp_path):
+    """No file may grow over 50 kB: the first checkpoint cannot be written."""
+    import resource
+
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    bad = command(*quick("m2"), "--dataset", small, "--out-dir", tmp_path / "o", preexec_fn=limit)
+    assert bad.returncode == 2 and bad.stderr.count("\n") == 1, bad.stderr
+    assert list(tmp_path.rglob("*")) in ([], [tmp_path / "o"])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_killed_at_random_moments_and_resumed(small, tmp_path, model):
+    """SIGKILL, SSVAE_KILLS times (2): the same weights, results and log as without."""
+    kills = int(os.environ.get("SSVAE_KILLS", "2"))
+    args = ("--model", model, "--dataset", small, "--epochs", 8 + kills, "--batch-size", 100)
+    args += {"m1": ("--classifier", "knn"), "m2": (), "m1+m2": ("--m1-epochs", 8)}[model]
+    rng, killed = np.random.default_rng(0), 0
+    while killed < kills:
+        seconds = START + rng.uniform(0, 3)
+        try:
+            command(*args, "--out-dir", tmp_path / "b", "--resume", timeout=seconds)
+            break  # finished before it could be killed
+        except subprocess.TimeoutExpired:  # subprocess.run has sent SIGKILL
+            killed += 1
+    assert killed > 0
+    run(*args, "--out-dir", tmp_path / "a")
+    assert command(*args, "--out-dir", tmp_path / "b", "--resume").returncode == 0
+    assert_same(outcome(tmp_path / "a"), outcome(tmp_path / "b"))
+
+
 def test_help_names_every_option():
     text = command("--help").stdout
-    for option in ["model", "dataset", "labels", "epochs", "batch-size", "lr", "alpha", "m1-epochs", "m1", "classifier", "seed", "device", "data-dir", "out-dir", "resume", "overwrite"]:  # fmt: skip
+    options = "model dataset labels epochs batch-size lr alpha m1-epochs m1 classifier seed"
+    for option in [*options.split(), "device", "data-dir", "out-dir", "resume", "overwrite"]:
         assert f"--{option}" in text
 
 
