@@ -91,7 +91,7 @@ SETTINGS = {
         "dropout": 0.5,  # in the classifier
         "alpha": 10.0,  # of the classification loss, per image: a in WHAT ALPHA IS (paper: 0.1)
         "ramp": 0.5,  # fraction of training in which unlabelled images fade in (see M2.objective)
-        "threshold": 0.01,  # labels with q(y|x) below it are left out of the sum (CPU only; see M2.U)
+        "threshold": 0.01,  # CPU only: labels with q(y|x) below it are left out of the sum (see M2.U)
     },
     "m1+m2": {
         "epochs": 100,
@@ -705,30 +705,28 @@ def split(y: Tensor, n_labels: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def load_data(dataset: str, data_dir: Path, n_labels: int, seed: int, device) -> Data:
     """Read a data set, split it by the seed and put it on the device. Raises BadInput."""
-    name = dataset
     if dataset.endswith(".npz"):
-        arrays, name = load_npz(Path(dataset)), Path(dataset).name
-    elif dataset != "glyphs":
-        try:
-            arrays = load_torchvision("mnist" if dataset == "auto" else dataset, data_dir)
-            name = "mnist" if dataset == "auto" else dataset
-        except BadInput as error:
-            if dataset != "auto":
-                raise
-            print(f"ssvae: {error}\nssvae: going on with the built-in glyphs", file=sys.stderr)
-            name = "glyphs"
-    if name == "glyphs" and not dataset.endswith(".npz"):
-        x, y = glyphs()
-        n = len(x) * 6 // 7  # 60,000 for training, 10,000 for the test
-        arrays = [x[:n], y[:n], x[n:], y[n:]]
+        name, arrays = Path(dataset).name, load_npz(Path(dataset))
+    else:
+        name = "mnist" if dataset == "auto" else dataset
+        if name != "glyphs":
+            try:
+                arrays = load_torchvision(name, data_dir)
+            except BadInput as error:
+                if dataset != "auto":
+                    raise
+                print(f"ssvae: {error}\nssvae: going on with the built-in glyphs", file=sys.stderr)
+                name = "glyphs"
+        if name == "glyphs":
+            x, y = glyphs()
+            n = len(x) * 6 // 7  # 60,000 for training, 10,000 for the test
+            arrays = [x[:n], y[:n], x[n:], y[n:]]
 
     x_train, y_train, x_test, y_test = map(torch.from_numpy, arrays)
     if x_train.ndim == 3:
         x_train, x_test = x_train[..., None], x_test[..., None]  # one channel
     shape = (x_train.shape[3], x_train.shape[1], x_train.shape[2])
     x_train, x_test = (x.permute(0, 3, 1, 2).flatten(1) for x in (x_train, x_test))  # [n, D]
-    x_train, x_test = (x if x.dtype == torch.uint8 else x.float() for x in (x_train, x_test))
-    y_train, y_test = y_train.long(), y_test.long()
     l, u, v = split(y_train, n_labels, seed)
     tensors = [x_train[l], y_train[l], x_train[u], x_train[v], y_train[v], x_test, y_test]
     likelihood = "bernoulli" if shape[0] == 1 else "gaussian"
@@ -1176,7 +1174,8 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
         settings["m1_epochs"] = s_m1["epochs"]
     settings = json.loads(json.dumps(settings))  # tuples become lists, as they will in the files
 
-    # What is in the folder already?
+    # What is in the folder already? (An M1 of another seed may have seen, unlabelled, images that
+    # are validation images here; no label and no test image.)
     m1 = load_m1(args.m1, data, s_m1, device) if args.m1 else None
     name = f"{args.model}-{data.name}-{args.labels}-{args.seed}"
     folder = args.out_dir or Path("runs") / name
