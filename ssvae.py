@@ -10,7 +10,7 @@ Equation and section numbers below are that paper's. Run it:
 THE PROBLEM.  60,000 images of digits are cheap; the labels are not. Say N = 100 images have one.
 A classifier trained on those 100 alone errs on about a fifth to a quarter of new digits. Can the
 other images, unlabelled, teach it the rest? If we model how images arise, p(x), from a digit class
-and a style, then explaining the unlabelled images means finding out which class each belongs to.
+and a style, then to explain the unlabelled images well is to find out which class each belongs to.
 
 THE MODELS.  Circles in (parentheses) are latent, boxes in [brackets] observed, arrows generate.
 z is the style: everything about the image that is not the class.
@@ -37,7 +37,7 @@ NOTATION (the paper's)
     q_phi       the recognition model or "encoder": q(z|x), q(z|x,y) and the classifier q(y|x)
     L, U, J     losses, i.e. minus a lower bound: labelled (eq. 6), unlabelled (eq. 7), both
                 (eq. 8; the paper writes J for M1's too, eq. 5)
-    alpha       weight of the classification loss (eq. 9)
+    alpha       weight of the classification loss (eq. 9; in the code per image, see WHAT ALPHA IS)
     N, M        the number of labelled and of unlabelled training images
 The three models' losses are in nats (natural logarithm). E_q[.] is an expectation over q,
 KL(q || p) = E_q[log q - log p] >= 0 the divergence, H(q) = -E_q[log q] the entropy.
@@ -56,6 +56,7 @@ import shlex
 import sys
 import time
 import warnings
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,7 +92,7 @@ SETTINGS = {
         "dropout": 0.5,  # in the classifier
         "alpha": 10.0,  # of the classification loss, per image: a in WHAT ALPHA IS (paper: 0.1)
         "ramp": 0.5,  # fraction of training in which unlabelled images fade in (see M2.objective)
-        "threshold": 0.01,  # CPU only: labels with q(y|x) below it are left out of the sum (see M2.U)
+        "threshold": 0.01,  # on CPUs, labels with q(y|x) below it are left out of U (see M2)
     },
     "m1+m2": {
         "epochs": 100,
@@ -121,7 +122,7 @@ PAPER = {
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation over [B, D] that takes a minibatch of one, by its running statistics."""
+    """Batch normalisation over [B, D]; a minibatch of one is normalised by running statistics."""
 
     def forward(self, x: Tensor) -> Tensor:
         if len(x) > 1:
@@ -130,7 +131,7 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 def mlp(d: int, *sizes: int, batch_norm: bool = True, dropout: float = 0.0) -> nn.Sequential:
-    """Multilayer perceptron from d inputs: hidden layers of these sizes, the last the output's."""
+    """Multilayer perceptron with d inputs and layers of these sizes; the last is the output."""
     *hidden, outputs = sizes
     layers = []
     for units in hidden:
@@ -167,7 +168,7 @@ def log_gaussian(x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
 def kl_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
     """KL( N(mu, diag(sigma^2)) || N(0, I) ), both [B, Z] -> [B], nats per data point (appendix B).
 
-    For one dimension, with E_q[z] = mu and E_q[z^2] = mu^2 + sigma^2:
+    For one dimension, with E_q[(z - mu)^2] = sigma^2 and so E_q[z^2] = mu^2 + sigma^2:
         KL = E_q[ log q(z) ]                                  - E_q[ log p(z) ]
            = -1/2 E_q[ log 2 pi sigma^2 + (z - mu)^2/sigma^2 ] + 1/2 E_q[ log 2 pi + z^2 ]
            = -1/2 [ log 2 pi + log sigma^2 + 1 ]               + 1/2 [ log 2 pi + mu^2 + sigma^2 ]
@@ -186,6 +187,11 @@ def sample_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
     E_q[f(z) grad log q(z)], uses only the value of f, not its slope, and is usually far noisier.)
     """
     return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+
+
+def fade_in(t: float, ramp: float) -> float:
+    """A weight that grows from 0 to 1 while t, the part of training that is done, reaches ramp."""
+    return min(1.0, t / ramp) if ramp else 1.0
 
 
 # What is assumed of x, the data set's choice: the number of decoder outputs per dimension of x, and
@@ -209,7 +215,8 @@ LIKELIHOODS = {
 #     -J(x) = log p(x) - KL( q(z|x) || p(z|x) ),
 # so lowering J raises log p(x) or draws q(z|x) to the true posterior: fitting the model and doing
 # inference are one minimisation. The first term of -J rewards z that reconstructs x; the KL is the
-# price of what z says about x: averaged over x, no less than their mutual information in nats.
+# price of what z says about x: its mean over x is their mutual information plus the divergence of
+# the mean q(z) from p(z).
 
 
 class M1(nn.Module):
@@ -241,11 +248,11 @@ class M1(nn.Module):
 
         Why the ramp. Early on the decoder is too poor to use z, so the cheapest thing a latent
         dimension can do is to pay no KL: q(z_d|x) = p(z_d). The decoder then learns to ignore it,
-        and no gradient ever brings it back (posterior collapse). A KL weight beta that grows from
+        and gradients rarely bring it back (posterior collapse). A KL weight beta that grows from
         0 to 1 lets the decoder learn to use z first. Batch normalisation helps as well: it keeps
         what the last hidden layer tells mu(x) varying over the images of a minibatch.
         """
-        return self.J(x_u, beta=min(1.0, t / s["ramp"]) if s["ramp"] else 1.0).mean()
+        return self.J(x_u, beta=fade_in(t, s["ramp"])).mean()
 
     def bound(self, x: Tensor) -> Tensor:
         """-J(x), [B], nats per image: <= log p(x) on average over its draw of z."""
@@ -258,6 +265,7 @@ class M1(nn.Module):
 #
 # p(y) = Cat(1/K, ..., 1/K),  p(z) = N(0, I),  p(x|y,z) = f(x; y, z, theta)                  (eq. 2)
 # q(z|x,y) = N(mu(x,y), diag sigma^2(x,y)),    q(y|x) = Cat(pi(x))                           (eq. 4)
+# (The paper has sigma^2(x); the authors' code lets it depend on y as well, and so do we.)
 #
 # LABELLED images. x and y are both observed, z is latent: M1's derivation with (x, y) for x gives
 #     log p(x,y) >= E_q(z|x,y)[ log p(x|y,z) + log p(y) + log p(z) - log q(z|x,y) ]
@@ -267,6 +275,8 @@ class M1(nn.Module):
 #     log p(x) >= E_q(y,z|x)[ log p(x|y,z) + log p(y) + log p(z) - log q(z|x,y) - log q(y|x) ]
 #               = sum_y q(y|x) [ -L(x,y) ] - sum_y q(y|x) log q(y|x)
 #               = sum_y q(y|x) [ -L(x,y) ] + H( q(y|x) )                            =: -U(x) (eq. 7)
+# z is drawn, because a continuous z can be reparameterised; y is summed over, because a discrete y
+# cannot, and there are only K of them.
 # What does U teach q(y|x)? Let r(y) = softmax_y( -L(x,y) ), Bayes' rule with the bounds in place of
 # log p(x,y), so that L(x,y) = -log r(y) - log sum_y' exp(-L(x,y')). Put that into U:
 #     U(x) = KL( q(y|x) || r(y) ) - log sum_y' exp( -L(x,y') ),
@@ -314,7 +324,7 @@ class M2(nn.Module):
         # q(z|x,y) and p(x|y,z) take two inputs. Their first layer is linear in [x, one-hot(y)]:
         # W [x, one-hot(y)] = W_x x + (column y of W_y). So W_x is the first layer of an ordinary
         # MLP on x and W_y a table of K vectors, and W_x x is computed once for all labels of x.
-        # The tables start with large entries, so that y matters from the start.
+        # The tables start with larger entries than W_x, so that y matters from the start.
         self.q_z = mlp(x_dim, *hidden, 2 * z_dim, batch_norm=batch_norm)
         self.q_z_y = nn.Embedding(y_dim, hidden[0])
         outputs = x_dim * self.outputs
@@ -352,7 +362,7 @@ class M2(nn.Module):
         return -(log_p_x + log_p_y - kl_gaussian(mu, logvar))
 
     def U(self, x: Tensor, log_q: Tensor | None = None, threshold: float | None = None) -> Tensor:
-        """Eq. 7, [B], nats per image; log_q = log q(y|x), [B, K]; threshold: self.threshold."""
+        """Eq. 7, [B], nats per image. log_q = log q(y|x), [B, K]; threshold as in the settings."""
         B, K = len(x), self.y_dim
         log_q = self.log_q_y(x) if log_q is None else log_q
         threshold = self.threshold if threshold is None else threshold
@@ -383,7 +393,8 @@ class M2(nn.Module):
 
         labelled = N / (N + M). The N labelled images are few, so every minibatch takes many of
         them beside its unlabelled ones. The two means are weighed by their shares of the whole set,
-        not of the minibatch, so this estimates J^alpha / (N + M). ramp multiplies U.
+        not of the minibatch, so this estimates J^alpha / (N + M). alpha is a of WHAT ALPHA IS; ramp
+        multiplies U.
         """
         log_q = self.log_q_y(torch.cat([x_l, x_u]))  # together: one batch normalisation of q(y|x)
         log_q_l, log_q_u = log_q[: len(x_l)], log_q[len(x_l) :]
@@ -398,12 +409,12 @@ class M2(nn.Module):
         The failure to avoid: q(y|x) soon fits the few labels and is certain everywhere, right or
         wrong. In eq. 7 it then sees only its own guess, and the generative model learns the wrong
         class from it. So U fades in from weight 0 to 1 while t goes from 0 to s["ramp"] (the
-        labels speak first), and dropout keeps q(y|x) from fitting them too closely. For the same
-        reason alpha is larger than the paper's. After the ramp the loss is J^alpha / (N + M). (At
-        t = 0 the decoder has only L, with weight N / (N + M); Adam does not mind small gradients.)
+        labels speak first), dropout keeps q(y|x) from fitting them too closely, and an alpha larger
+        than the paper's keeps the few labels from being outvoted by the many guesses. After the
+        ramp the loss is J^alpha / (N + M). (At t = 0 the decoder has only L, with weight
+        N / (N + M); Adam's steps do not depend on the scale of the loss.)
         """
-        ramp = min(1.0, t / s["ramp"]) if s["ramp"] else 1.0
-        return self.J_alpha(x_l, y_l, x_u, labelled, s["alpha"], ramp)
+        return self.J_alpha(x_l, y_l, x_u, labelled, s["alpha"], fade_in(t, s["ramp"]))
 
     def classify(self, x: Tensor) -> Tensor:
         """Scores of the K classes, [B, K]; the largest is the answer."""
@@ -421,12 +432,12 @@ class M2(nn.Module):
 #     p(x, y, z1, z2) = p(y) p(z2) p(z1|y,z2) p(x|z1)
 #     q(z1|x) from M1;  q(y|z1) and q(z2|z1,y) from M2
 #
-# Why stack? On pixels, M2's loss counts nats, and a digit's class is worth log 10 = 2.3 of the 100
-# or so that an image costs: how thick, how slanted and where the strokes are is worth far more,
-# and a decoder this free can explain an image well under the wrong class. M1 first finds a few
-# dozen features that explain the pixels; among those, the class is no longer a small matter.
+# Why stack? On pixels, M2's loss counts nats, and a digit's class is at most log 10 = 2.3 of the
+# 100 or so that an image costs: how thick, slanted and placed the strokes are costs far more, and a
+# flexible decoder can explain an image well under the wrong class. M1 first finds a few dozen
+# features that explain the pixels; in those terms the class is a larger part of the story.
 #
-# The bound. With z1 and M1's q(z1|x), section 3's derivation reads
+# The bound. With z1 and M1's q(z1|x), the derivation of eq. 5 reads
 #     log p(x) >= E_q(z1|x)[ log p(x|z1) + log p(z1) - log q(z1|x) ],
 # where p(z1) is now no longer N(0, I) but M2's sum_y p(y) integral p(z2) p(z1|y,z2) dz2, for which
 # eq. 7 gives a bound, log p(z1) >= -U(z1). Hence
@@ -461,7 +472,7 @@ class M1M2(nn.Module):
         return self.m2.objective(z1[: len(x_l)], y_l, z1[len(x_l) :], labelled, t, s)
 
     def classify(self, x: Tensor) -> Tensor:
-        """Scores of the K classes, [B, K], at the mean of q(z1|x)."""
+        """Scores of the K classes, [B, K]: q(y|z1) at the mean of q(z1|x), as in the paper."""
         return self.m2.classify(self.m1.encode(x)[0][:, self.active])
 
     def bound(self, x: Tensor) -> Tensor:
@@ -504,18 +515,20 @@ class TSVM(nn.Module):
         hinge(f(z), y) = sum_k max(0, 1 - t_k(y) f_k(z))^2.
     An unlabelled z has no y, so y is minimised over as well. The minimum is at y = argmax_k f_k(z)
     (y = j instead of k changes the hinge by g(f_j) - g(f_k), and the function
-    g(f) = max(0, 1 - f)^2 - max(0, 1 + f)^2 decreases in f). It pulls unlabelled points away from
-    the boundaries f_k = 0, that is, it pushes the boundaries to where there are few points. That
-    has one foolish optimum: all points on one side. So the mean score of each class over the
-    unlabelled points is held near its mean over the class-balanced labelled ones. In all, with
-    weights w of the scores:
+    g(f) = max(0, 1 - f)^2 - max(0, 1 + f)^2 decreases in f), which gradient steps hold fixed. This
+    pushes the boundaries f_k = 0 to where there are few points. It has one foolish optimum: all
+    points on one side. So the mean score of each class over the unlabelled points, whose classes
+    are taken to be about equally many, is held near its mean over the class-balanced labelled
+    ones. In all, with weights w of the scores:
         mean_labelled hinge(f(z), y)  +  r mean_unlabelled min_y hinge(f(z), y)
         + b sum_k ( mean_unlabelled f_k - mean_labelled f_k )^2  +  c/2 |w|^2,
     where r grows from 0 to 1 during the first half of training, since the first guesses are poor.
 
     The scores are linear in random Fourier features phi(z) = sqrt(2/R) cos(W z + u), W Gaussian
-    with standard deviation 1/width, u uniform in [0, 2 pi]: their products phi(z) . phi(z')
-    approximate the kernel exp(-|z - z'|^2 / (2 width^2)) (Rahimi and Recht 2007).
+    with standard deviation 1/width, u uniform in [0, 2 pi]. In their products phi(z) . phi(z'),
+    2 cos(a + u) cos(a' + u) = cos(a - a') + cos(a + a' + 2u), the last term averages out, and the
+    mean of cos(W (z - z')) over W is exp(-|z - z'|^2 / (2 width^2)): the usual Gaussian kernel
+    (Rahimi and Recht 2007).
     """
 
     def __init__(self, z_dim: int, y_dim: int, width: float = 1.0, features: int = 2000):
@@ -546,7 +559,10 @@ class TSVM(nn.Module):
 def fit_tsvm(
     z_l: Tensor, y_l: Tensor, z_u: Tensor, y_dim: int, steps=2000, batch_size=1000
 ) -> TSVM:
-    """Train a TSVM on labelled features z_l [N, Z], y_l [N] and unlabelled ones z_u [M, Z]."""
+    """Train a TSVM on labelled features z_l [N, Z], y_l [N] and others, z_u [n, Z], without labels.
+
+    The kernel's width is 0.57 of the median distance, by validation error, as are b and c of loss.
+    """
     sample = z_u[torch.randperm(len(z_u), device=z_u.device)[:1000]]
     width = max(0.57 * torch.cdist(sample, sample).median().item(), 1e-3)
     svm = TSVM(z_l.shape[1], y_dim, width).to(z_l.device)
@@ -631,7 +647,7 @@ def load_torchvision(dataset: str, data_dir: Path) -> list[np.ndarray]:
 
     Raises BadInput if the files are neither there nor to be had, or do not read as they should.
     """
-    from torchvision import datasets
+    from torchvision import datasets  # here, since it takes a second to import
 
     kind = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST}[dataset]
     raw = data_dir / kind.__name__ / "raw"
@@ -686,7 +702,7 @@ def load_npz(path: Path) -> list[np.ndarray]:
 def split(y: Tensor, n_labels: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Indices of the labelled, unlabelled and validation images among those labelled y: [n].
 
-    Validation: 10,000 at random (a sixth if n is not 60,000). Labelled: n_labels of the rest,
+    Validation: a sixth (10,000 of 60,000) at random. Labelled: n_labels of the rest,
     equally many of each class. Raises BadInput if n_labels does not allow that.
     """
     K = int(y.max()) + 1
@@ -744,7 +760,7 @@ def observe(images: Tensor, likelihood: str) -> Tensor:
 
     Bernoulli: a grey pixel is read as the probability that the pixel is on, and binary images are
     drawn from it, afresh at every visit. So the bound is one on the log probability of a binary
-    image, and no two epochs see the same one.
+    image, and every epoch sees other ones.
     Gaussian: a stored value stands for an interval of width 1/256, and x is drawn uniformly from
     it. A density could otherwise grow without limit on values that repeat exactly.
     """
@@ -768,7 +784,7 @@ def bfloat16_is_faster(device: torch.device) -> bool:
     There a matrix product takes a fourth to a tenth of the time. bfloat16 has float32's range with
     8 bits of precision: enough for activations and their gradients, so only those are rounded;
     weights, Adam's moments, log-densities and sums stay float32. Decided by features, not by a
-    timing, so that the same machine always computes the same.
+    timing, so that a run on the same CPU always computes the same.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -785,7 +801,9 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> N
     N, M, device = len(data.x_l), len(data.x_u), data.x_l.device
     n_l = min(N, s.get("batch_labelled", 0))  # labelled images in a minibatch
     n_u = min(M, s["batch_size"])  # unlabelled images in it
-    steps = M // n_u if M else math.ceil(N / n_l)
+    # An epoch sees all unlabelled images (but for a last, smaller minibatch) and all labelled ones.
+    steps = max(M // n_u if M else 0, math.ceil(N / n_l) if N else 0)
+    rounds = math.ceil(steps * n_u / M) if M else 0
     optimizer = torch.optim.Adam(
         model.parameters(), lr=s["lr"], fused=device.type in ("cpu", "cuda")
     )
@@ -794,7 +812,8 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> N
         # Every epoch has its own random numbers, so a resumed run needs no record of their state.
         torch.manual_seed((run.settings["seed"] * 1_000_003 + epoch) % 2**63)
         model.train()
-        order = torch.randperm(M, device=device)
+        order = [torch.randperm(M, device=device) for _ in range(rounds)]
+        order = torch.cat(order) if rounds else torch.zeros(0, dtype=torch.long, device=device)
         losses = torch.zeros(steps, device=device)
         start = time.perf_counter()
         for step in range(steps):
@@ -816,7 +835,7 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> N
                 if len(bad):
                     raise Diverged(
                         f"the loss became infinite or NaN in epoch {epoch + 1}, step "
-                        f"{bad[0, 0] + 1}; try a smaller --lr (now {s['lr']:g}), with --overwrite"
+                        f"{bad[0, 0] + 1}; try a learning rate below {s['lr']:g}, with --overwrite"
                     )
             run.tick(epoch, (step + 1) / steps)
         seconds = time.perf_counter() - start
@@ -842,7 +861,7 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> N
 def error_rate(classify, images: Tensor, y: Tensor) -> float:
     """Percentage of images whose largest score is not that of y.
 
-    Pixels go in as stored, which is the mean of the draws that training saw.
+    Pixels go in as stored, which for binary images is the mean of the draws that training saw.
     """
     scores = [classify(pixels(chunk)) for chunk in images.split(1000)]
     return 100 * (torch.cat(scores).argmax(1) != y).float().mean().item()
@@ -865,7 +884,7 @@ def features(m1: M1, images: Tensor) -> Tensor:
 def active_dimensions(m1: M1, images: Tensor) -> Tensor:
     """Indices of the z_d whose mean varies over the images: std > 0.1, as the authors have it."""
     std = features(m1, images).std(0)
-    return (std > min(0.1, std.max() / 2)).nonzero().squeeze(1)  # never none
+    return (std >= min(0.1, std.max() / 2)).nonzero().squeeze(1)  # never none
 
 
 # =================================================================================================
@@ -975,8 +994,10 @@ class Run:
 
     def write_log(self) -> None:
         """log.csv, from all rows: one an epoch."""
+        if not self.rows:  # --m1 FILE --model m1 trains nothing
+            return
         text = io.StringIO()
-        writer = csv.DictWriter(text, self.rows[0].keys() if self.rows else [], lineterminator="\n")
+        writer = csv.DictWriter(text, self.rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         write_file(self.folder / "log.csv", text.getvalue().encode())
@@ -1061,20 +1082,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def pick_device(name: str) -> torch.device:
     """The torch.device of that name, tried out. Raises BadInput."""
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).cpu()
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        device = torch.device(name) if name != "auto" else torch.accelerator.current_accelerator()
+        torch.zeros(1, device=device or "cpu").cpu()
+        return device or torch.device("cpu")
+    except Exception as error:  # no such device, no driver, no memory: torch raises many kinds
         reason = str(error).strip().split("\n")[0][:100]
-        raise BadInput(f"--device {name} cannot be used here ({reason}); try auto") from error
+        raise BadInput(f"--device {name} cannot be used here ({reason}); try cpu") from error
 
 
 def load_m1(path: Path, data: Data, s: dict, device) -> M1:
-    """The M1 in a model.pt, if it fits the data. Raises BadInput."""
-    saved = load_torch(path, {"settings", "model"}, device)
+    """The M1 in a model.pt, if it fits the data. Raises BadInput.
+
+    An M1 of another seed has seen, without labels, images that are validation images here.
+    """
+    saved = load_torch(path, {"settings", "model", "classifier"}, device)
     m1 = M1(math.prod(data.shape), s["z_dim"], s["hidden"], data.likelihood).to(device)
     if saved["settings"].get("model") != "m1":
         raise BadInput(f"--m1 {path} holds {saved['settings'].get('model')}, not m1")
@@ -1089,11 +1111,16 @@ def load_m1(path: Path, data: Data, s: dict, device) -> M1:
     return m1.eval()
 
 
+def fingerprint(path: str | Path) -> str:
+    """A file's full name and the checksum of its content."""
+    return f"{Path(path).resolve()} (crc32 {zlib.crc32(Path(path).read_bytes()):08x})"
+
+
 def summary(results: dict) -> str:
     """The run's last line."""
-    paper = (
-        PAPER[results["model"]].get(results["labels"]) if results["dataset"] == "mnist" else None
-    )
+    paper = PAPER[results["model"]].get(results["labels"])
+    if results["dataset"] != "mnist" or results.get("classifier") == "knn":
+        paper = None  # not what the paper's table is about
     return (
         f"{results['model']}, {results['dataset']}, N = {results['labels']}, "
         f"seed {results['seed']}: test error {results['test_error']:.2f} %"
@@ -1111,6 +1138,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except Diverged as error:
         print(f"ssvae: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        print(f"ssvae: {str(error)[:150]}; try a smaller --batch-size", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         argv = [a for a in (sys.argv[1:] if argv is None else argv) if a != "--overwrite"]
@@ -1163,20 +1193,25 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
         s["threshold"] = 0.0  # counting the kept pairs would make the host wait at every step
     s_m1 = s if args.model == "m1" else dict(SETTINGS["m1"])
     s_m1["epochs"] = args.m1_epochs or s_m1["epochs"]
-    settings = dict(model=args.model, dataset=data.name, labels=args.labels, seed=args.seed, **s)
-    settings["file"] = str(Path(args.dataset).resolve()) if data.name.endswith(".npz") else None
-    settings["alpha"] = s.get("alpha")
-    settings["device"] = device.type
-    settings["m1"] = str(args.m1) if args.m1 else None
+    m1 = load_m1(args.m1, data, s_m1, device) if args.m1 else None
+    settings = {
+        "model": args.model,
+        "dataset": data.name,
+        "file": fingerprint(args.dataset) if data.name.endswith(".npz") else None,
+        "labels": args.labels,
+        "seed": args.seed,
+        "device": device.type,
+        "m1": fingerprint(args.m1) if args.m1 else None,
+        "alpha": None,
+        **s,
+    }
     if args.model == "m1":
         settings["classifier"] = args.classifier or "tsvm"
     if args.model == "m1+m2" and not args.m1:
-        settings["m1_epochs"] = s_m1["epochs"]
+        settings |= {"m1_" + name: value for name, value in s_m1.items()}
     settings = json.loads(json.dumps(settings))  # tuples become lists, as they will in the files
 
-    # What is in the folder already? (An M1 of another seed may have seen, unlabelled, images that
-    # are validation images here; no label and no test image.)
-    m1 = load_m1(args.m1, data, s_m1, device) if args.m1 else None
+    # What is in the folder already?
     name = f"{args.model}-{data.name}-{args.labels}-{args.seed}"
     folder = args.out_dir or Path("runs") / name
     results, saved = find_run(folder, settings, args, device)
@@ -1187,8 +1222,8 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if args.overwrite:
-            (folder / "results.json").unlink(missing_ok=True)
-            (folder / "checkpoint.pt").unlink(missing_ok=True)
+            for name in ("results.json", "checkpoint.pt", "model.pt", "log.csv"):
+                (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise BadInput(
             f"cannot make {folder} ({error.strerror}); give another --out-dir"
