@@ -1083,9 +1083,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def pick_device(name: str) -> torch.device:
     """The torch.device of that name, tried out. Raises BadInput."""
     try:
-        device = torch.device(name) if name != "auto" else torch.accelerator.current_accelerator()
-        torch.zeros(1, device=device or "cpu").cpu()
-        return device or torch.device("cpu")
+        if name == "auto":
+            found = torch.accelerator.current_accelerator(check_available=True)
+            name = found.type if found else "cpu"
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+        return device
     except Exception as error:  # no such device, no driver, no memory: torch raises many kinds
         reason = str(error).strip().split("\n")[0][:100]
         raise BadInput(f"--device {name} cannot be used here ({reason}); try cpu") from error
