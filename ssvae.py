@@ -1297,7 +1297,7 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
     write_file(folder / "results.json", json.dumps(results, indent=2).encode())
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     print(summary(results))
-    print(f"Written to {folder}: results.json, log.csv, model.pt")
+    print(f"Written to {folder}/")
     return 0
 
 

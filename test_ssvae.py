@@ -590,7 +590,8 @@ def test_stack_on_a_trained_m1_and_knn(small, tmp_path):
     args = ("--m1", tmp_path / "m1" / "model.pt", "--dataset", small)
     run("--model", "m1+m2", *QUICK, *args, "--out-dir", tmp_path / "stack")
     run("--model", "m1", "--classifier", "knn", *args, "--out-dir", tmp_path / "knn")
-    m1, stack, knn = (outcome(tmp_path / name)[0]["model"] for name in ("m1", "stack", "knn"))
+    paths = [tmp_path / name / "model.pt" for name in ("m1", "stack", "knn")]
+    m1, stack, knn = (torch.load(path, weights_only=True)["model"] for path in paths)
     for key in m1:
         assert torch.equal(m1[key], stack["m1." + key]) and torch.equal(m1[key], knn[key])
 
