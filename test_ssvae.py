@@ -596,25 +596,18 @@ def test_stack_on_a_trained_m1_and_knn(small, tmp_path):
         assert torch.equal(m1[key], stack["m1." + key]) and torch.equal(m1[key], knn[key])
 
 
-def test_all_images_labelled_and_minibatches_of_one(small, tmp_path):
-    """No unlabelled image left, one label a class, and the smallest minibatch."""
-    x = np.load(small)["x_train"]
-    y = np.arange(30) % 2
-    path = tmp_path / "tiny.npz"
-    np.savez(path, x_train=x[:30], y_train=y, x_test=x[30:60], y_test=y)
-    data = ssvae.load_data(str(path), tmp_path, 2, 0, "cpu")
-    most = 2 * (len(data.x_u) // 2 + 1)
-    while True:  # the most labels that this split allows
-        try:
-            ssvae.load_data(str(path), tmp_path, most, 0, "cpu")
-            break
-        except ssvae.BadInput:
-            most -= 2
-    for model in MODELS:
-        for labels, batch in ((2, 1), (most, 10)):
-            more = ["--classifier", "knn"] if model == "m1" else []
-            args = ("--dataset", path, "--labels", labels, "--epochs", 1, "--batch-size", batch)
-            run("--model", model, *args, "--out-dir", tmp_path / f"{model}{labels}", *more)
+@pytest.mark.parametrize("model", MODELS)
+def test_no_unlabelled_image_and_minibatches_of_one(small, tmp_path, model, monkeypatch):
+    """All 50 training images labelled; then one label a class, and minibatches of one image."""
+    path, x, y = tmp_path / "tiny.npz", np.load(small)["x_train"], np.arange(60) % 2
+    np.savez(path, x_train=x[:60], y_train=y, x_test=x[60:120], y_test=y)
+    args = ("--model", model, "--dataset", path, "--epochs", 1)
+    args += {"m1": ("--classifier", "knn"), "m2": (), "m1+m2": ("--m1-epochs", 1)}[model]
+    run(*args, "--labels", 2, "--batch-size", 1, "--out-dir", tmp_path / "one")
+    everything = torch.arange(50), torch.arange(0), torch.arange(50, 60)
+    monkeypatch.setattr(ssvae, "split", lambda *_: everything)
+    run(*args, "--labels", 50, "--out-dir", tmp_path / "all")
+    assert np.isfinite([outcome(tmp_path / name)[1]["bound"] for name in ("one", "all")]).all()
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(small, tmp_path, capsys, monkeypatch):
