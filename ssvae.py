@@ -654,11 +654,11 @@ def load_torchvision(dataset: str, data_dir: Path) -> list[np.ndarray]:
 
     kind = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST}[dataset]
     raw = data_dir / kind.__name__ / "raw"
-    was_there = [folder for folder in (data_dir, *raw.parents, raw) if folder.exists()]
+    was_there = [folder for folder in (raw, *raw.parents) if folder.exists()]
     try:
         sets = [kind(str(data_dir), train=train, download=True) for train in (True, False)]
     except Exception as error:  # torchvision raises of every kind here: network, format, disk
-        for folder in (raw, raw.parent, data_dir):  # leave no empty folder behind
+        for folder in (raw, *raw.parents):  # leave no empty folder behind
             if folder not in was_there and folder.exists() and not any(folder.iterdir()):
                 folder.rmdir()
         reason = " ".join(str(error).split())[:200] or type(error).__name__
