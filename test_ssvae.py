@@ -802,7 +802,7 @@ def test_a_full_disk_ends_the_run_with_one_line(small, tmp_path):
 def test_killed_at_random_moments_and_resumed(small, tmp_path, model):
     """SIGKILL, SSVAE_KILLS times (2): the same weights, results and log as without."""
     kills = int(os.environ.get("SSVAE_KILLS", "2"))
-    epochs = 8 + kills * (16 if model == "m1" else 1)  # long enough to be killed that often
+    epochs = 8 + kills * {"m1": 16, "m2": 2, "m1+m2": 3}[model]  # to be killed that often
     args = ("--model", model, "--dataset", small, "--epochs", epochs, "--batch-size", 100)
     args += {"m1": ("--classifier", "knn"), "m2": (), "m1+m2": ("--m1-epochs", 8)}[model]
     rng, killed = np.random.default_rng(0), 0
