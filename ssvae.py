@@ -43,11 +43,12 @@ The three models' losses are in nats (natural logarithm). E_q[.] is an expectati
 KL(q || p) = E_q[log q - log p] >= 0 the divergence, H(q) = -E_q[log q] the entropy.
 
 Read on from top to bottom: 1 settings, 2 building blocks, 3 M1, 4 M2, 5 M1+M2, 6 classifiers on
-M1's features, 7 data, 8 training, 9 evaluation, 10 the command line.
+M1's features, 7 data, 8 training, 9 evaluation, 10 pictures, 11 the command line.
 """
 
 import argparse
 import csv
+import gzip
 import io
 import json
 import math
@@ -91,6 +92,7 @@ SETTINGS = {
         "batch_norm": False,  # in q(z|x,y) and p(x|y,z); the classifier q(y|x) always has it
         "dropout": 0.5,  # in the classifier
         "alpha": 10.0,  # of the classification loss, per image: a in WHAT ALPHA IS (paper: 0.1)
+        "balance": 5.0,  # of the KL that keeps classes equally frequent (see M2.objective)
         "ramp": 0.5,  # fraction of training in which unlabelled images fade in (see M2.objective)
         "threshold": 0.01,  # on CPUs, labels with q(y|x) below it are left out of U (see M2)
     },
@@ -104,13 +106,27 @@ SETTINGS = {
         "batch_norm": True,
         "dropout": 0.2,
         "alpha": 1.0,
+        "balance": 1.0,
         "ramp": 0.5,
         "threshold": 0.01,
     },
 }
 
-# What differs for a data set.
-OVERRIDES = {"glyphs": {"m1": {"epochs": 15}}}  # kNN error as after 30, in half the time
+# One row a data set: the likelihood of an image (a key of LIKELIHOODS), the default number of
+# labels N, and what differs from SETTINGS for a model.
+DATASETS = {
+    "mnist": {"likelihood": "bernoulli", "labels": 100},
+    "fashion": {"likelihood": "bernoulli", "labels": 100},
+    "svhn": {"likelihood": "gaussian", "labels": 1000},
+    "norb": {"likelihood": "gaussian", "labels": 1000},
+    "glyphs": {
+        "likelihood": "bernoulli",
+        "labels": 100,
+        "m1": {"epochs": 15},  # kNN error as after 30, in half the time
+    },
+    "grey npz": {"likelihood": "bernoulli", "labels": 100},
+    "colour npz": {"likelihood": "gaussian", "labels": 100},
+}
 
 # The paper's test errors in % (Table 1: mean, +-) for MNIST, shown beside ours at the end of a run.
 PAPER = {
@@ -163,6 +179,9 @@ def log_gaussian(x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
 
     The log of the Gaussian density, written with logvar = log sigma^2 so that a network may output
     any real number:  sum_d  -1/2 [ log 2 pi + log sigma_d^2 + (x_d - mu_d)^2 / sigma_d^2 ].
+    As a likelihood its variance is learned: the derivative with respect to log sigma^2 is 0 where
+    sigma^2 is the mean of (x - mu)^2, so errors are weighed in units of their usual size. (With
+    sigma fixed at 1 this is the squared error, whose weight beside the KL is then arbitrary.)
     """
     mu, logvar = mu.float(), logvar.float()
     return -0.5 * (math.log(2 * math.pi) + logvar + (x - mu) ** 2 * torch.exp(-logvar)).sum(-1)
@@ -197,11 +216,15 @@ def fade_in(t: float, ramp: float) -> float:
     return min(1.0, t / ramp) if ramp else 1.0
 
 
-# What is assumed of x, the data set's choice: the number of decoder outputs per dimension of x, and
-# log p(x|.) as a function of x and those outputs, each [B, D] -> [B].
+# What is assumed of x, the data set's choice (DATASETS): the number of decoder outputs per
+# dimension of x; log p(x|.) as a function of x and those outputs, each [B, D] -> [B]; the mean.
+# Bernoulli: a pixel is on or off. Right for ink on paper; grey is read as the probability of on.
+# Gaussian: x is any real number, its noise independent from dimension to dimension. Right for
+# shades and colours once neighbouring pixels, far from independent, are rotated to principal
+# components (see PCA). It also gives probability to values that no image has.
 LIKELIHOODS = {
-    "bernoulli": (1, log_bernoulli),  # x is 0 or 1; one logit a pixel
-    "gaussian": (2, log_gaussian),  # x is real; a mean and a log-variance a dimension
+    "bernoulli": (1, log_bernoulli, torch.sigmoid),  # one logit a pixel
+    "gaussian": (2, log_gaussian, lambda mu, logvar: mu),  # a mean and a log-variance a dimension
 }
 
 # =================================================================================================
@@ -227,7 +250,7 @@ class M1(nn.Module):
 
     def __init__(self, x_dim: int, z_dim=50, hidden=(600, 600), likelihood="bernoulli"):
         super().__init__()
-        self.outputs, self.log_density = LIKELIHOODS[likelihood]
+        self.outputs, self.log_density, self.mean = LIKELIHOODS[likelihood]
         self.q_z = mlp(x_dim, *hidden, 2 * z_dim)  # mu(x) and log sigma^2(x)
         self.p_x = mlp(z_dim, *reversed(hidden), x_dim * self.outputs)
 
@@ -236,9 +259,13 @@ class M1(nn.Module):
         mu, logvar = self.q_z(x).float().chunk(2, -1)
         return mu, logvar
 
+    def decode(self, z: Tensor) -> tuple[Tensor, ...]:
+        """Parameters of p(x|z), each [B, D]: the logits, or the mean and the log-variance."""
+        return self.p_x(z).chunk(self.outputs, -1)
+
     def log_p_x(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x|z), [B], nats."""
-        return self.log_density(x, *self.p_x(z).chunk(self.outputs, -1))
+        return self.log_density(x, *self.decode(z))
 
     def J(self, x: Tensor, beta: float = 1.0) -> Tensor:
         """Eq. 5 with one draw of z, [B], nats per image. If beta = 1, -J <= log p(x) on average."""
@@ -260,6 +287,14 @@ class M1(nn.Module):
     def bound(self, x: Tensor) -> Tensor:
         """-J(x), [B], nats per image: <= log p(x) on average over its draw of z."""
         return -self.J(x)
+
+    def generate(self, z: Tensor) -> Tensor:
+        """Mean of p(x|z), [B, D]."""
+        return self.mean(*self.decode(z))
+
+    def reconstruct(self, x: Tensor) -> list[Tensor]:
+        """x encoded and decoded, [B, D]: the mean of p(x|z) at the mean of q(z|x)."""
+        return [self.generate(self.encode(x)[0])]
 
 
 # =================================================================================================
@@ -322,7 +357,7 @@ class M2(nn.Module):
     ):
         super().__init__()
         self.y_dim, self.threshold = y_dim, min(threshold, 0.5 / y_dim)  # never cut the largest
-        self.outputs, self.log_density = LIKELIHOODS[likelihood]
+        self.outputs, self.log_density, self.mean = LIKELIHOODS[likelihood]
         self.q_y = mlp(x_dim, *hidden, y_dim, dropout=dropout)
         # q(z|x,y) and p(x|y,z) take two inputs. Their first layer is linear in [x, one-hot(y)]:
         # W [x, one-hot(y)] = W_x x + (column y of W_y). So W_x is the first layer of an ordinary
@@ -391,19 +426,23 @@ class M2(nn.Module):
         labelled: float,
         alpha: float,
         ramp: float = 1.0,
+        balance: float = 0.0,
     ) -> Tensor:
         """Eq. 8 and 9 per image of the whole set, estimated from a minibatch: a scalar, nats.
 
         labelled = N / (N + M). The N labelled images are few, so every minibatch takes many of
         them beside its unlabelled ones. The two means are weighed by their shares of the whole set,
         not of the minibatch, so this estimates J^alpha / (N + M). alpha is a of WHAT ALPHA IS; ramp
-        multiplies U.
+        multiplies U; balance multiplies KL( p(y) || mean of q(y|x) over x_u ).
         """
         log_q = self.log_q_y(torch.cat([x_l, x_u]))  # together: one batch normalisation of q(y|x)
         log_q_l, log_q_u = log_q[: len(x_l)], log_q[len(x_l) :]
         J = labelled * self.L(x_l, y_l).mean()
         if len(x_u):
             J = J + (1 - labelled) * ramp * self.U(x_u, log_q_u).mean()
+            # With p(y) = 1/K: KL = sum_y 1/K [ log 1/K - log mean q(y|x) ].
+            log_mean_q = torch.logsumexp(log_q_u, 0) - math.log(len(x_u))
+            J = J + balance * (-math.log(self.y_dim) - log_mean_q.mean())
         return J + alpha * F.nll_loss(log_q_l, y_l)
 
     def objective(self, x_l, y_l, x_u, labelled: float, t: float, s) -> Tensor:
@@ -413,11 +452,15 @@ class M2(nn.Module):
         wrong. In eq. 7 it then sees only its own guess, and the generative model learns the wrong
         class from it. So U fades in from weight 0 to 1 while t goes from 0 to s["ramp"] (the
         labels speak first), dropout keeps q(y|x) from fitting them too closely, and an alpha larger
-        than the paper's keeps the few labels from being outvoted by the many guesses. After the
-        ramp the loss is J^alpha / (N + M). (At t = 0 the decoder has only L, with weight
+        than the paper's keeps the few labels from being outvoted by the many guesses. And no class
+        may swallow another: in the model the mean of p(y|x) over images is p(y), so the mean of
+        q(y|x) is drawn to p(y) as well. That KL is 0 for a right q(y|x) and moves no optimum of a
+        model that is right about p(y). After the ramp the loss is J^alpha / (N + M) and balance
+        times this KL. (At t = 0 the decoder has only L, with weight
         N / (N + M); Adam's steps do not depend on the scale of the loss.)
         """
-        return self.J_alpha(x_l, y_l, x_u, labelled, s["alpha"], fade_in(t, s["ramp"]))
+        ramp = fade_in(t, s["ramp"])
+        return self.J_alpha(x_l, y_l, x_u, labelled, s["alpha"], ramp, s["balance"])
 
     def classify(self, x: Tensor) -> Tensor:
         """Scores of the K classes, [B, K]; the largest is the answer."""
@@ -426,6 +469,14 @@ class M2(nn.Module):
     def bound(self, x: Tensor) -> Tensor:
         """-U(x) over all labels, [B], nats per image: <= log p(x) on average over its draw of z."""
         return -self.U(x, threshold=0.0)
+
+    def infer(self, x: Tensor, y: Tensor) -> Tensor:
+        """Mean of q(z|x,y), [B, Z]."""
+        return self.encode(x, y)[0]
+
+    def generate(self, y: Tensor, z: Tensor) -> Tensor:
+        """Mean of p(x|y,z), [B, D]."""
+        return self.mean(*self.decode(y, z))
 
 
 # =================================================================================================
@@ -489,101 +540,112 @@ class M1M2(nn.Module):
         log_p_z1 = self.m2.bound(z1[:, self.active]) + log_gaussian(z1[:, unused], zeros, zeros)
         return self.m1.log_p_x(x, z1) + log_p_z1 - log_q_z1
 
+    def infer(self, x: Tensor, y: Tensor) -> Tensor:
+        """Mean of q(z2|z1,y) at the mean of q(z1|x), [B, Z]."""
+        return self.m2.infer(self.m1.encode(x)[0][:, self.active], y)
+
+    def generate(self, y: Tensor, z: Tensor) -> Tensor:
+        """Mean of p(x|z1) at the mean of p(z1|y,z2), [B, D]; 0 where z1 is unused."""
+        z1 = z.new_zeros(len(z), self.m1.p_x[0].in_features)
+        z1[:, self.active] = self.m2.generate(y, z)
+        return self.m1.generate(z1)
+
+    def reconstruct(self, x: Tensor) -> list[Tensor]:
+        """x by way of z1 alone, and by way of z1, y, z2 and z1 again: both [B, D]."""
+        y = self.classify(x).argmax(1)
+        return [*self.m1.reconstruct(x), self.generate(y, self.infer(x, y))]
+
 
 # =================================================================================================
 # 6. CLASSIFIERS ON M1's FEATURES (section 2.1): the mean of q(z|x) stands for x
 # =================================================================================================
 
 
-class KNN(nn.Module):
-    """k-nearest neighbours: the label most frequent among the k labelled z_l nearest to z."""
+def nearest(z: Tensor, points: Tensor, k: int) -> Tensor:
+    """Indices of the k points [n, Z] nearest to each z [B, Z], nearest first: [B, k].
 
-    def __init__(self, z_l: Tensor, y_l: Tensor, y_dim: int, k: int = 1):
-        super().__init__()
-        self.k = k
-        self.register_buffer("z_l", z_l)
-        self.register_buffer("votes", F.one_hot(y_l, y_dim).float())
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Votes for the K classes, [B, Z] -> [B, K]."""
-        nearest = torch.cdist(z, self.z_l).topk(self.k, largest=False).indices
-        return self.votes[nearest].sum(1)
-
-
-class TSVM(nn.Module):
-    """Transductive support vector machine, one score f_k(z) a class, trained by gradient descent.
-
-    Write t_k(y) = +1 if k = y, else -1. A support vector machine wants t_k(y) f_k(z) >= 1 for each
-    class k against the rest, and pays for what is missing, here by its square:
-        hinge(f(z), y) = sum_k max(0, 1 - t_k(y) f_k(z))^2.
-    An unlabelled z has no y, so y is minimised over as well. The minimum is at y = argmax_k f_k(z)
-    (y = j instead of k changes the hinge by g(f_j) - g(f_k), and the function
-    g(f) = max(0, 1 - f)^2 - max(0, 1 + f)^2 decreases in f), which gradient steps hold fixed. This
-    pushes the boundaries f_k = 0 to where there are few points. It has one foolish optimum: all
-    points on one side. So the mean score of each class over the unlabelled points, whose classes
-    are taken to be about equally many, is held near its mean over the class-balanced labelled
-    ones. In all, with weights w of the scores:
-        mean_labelled hinge(f(z), y)  +  r mean_unlabelled min_y hinge(f(z), y)
-        + b sum_k ( mean_unlabelled f_k - mean_labelled f_k )^2  +  c/2 |w|^2,
-    where r grows from 0 to 1 during the first half of training, since the first guesses are poor.
-
-    The scores are linear in random Fourier features phi(z) = sqrt(2/R) cos(W z + u), W Gaussian
-    with standard deviation 1/width, u uniform in [0, 2 pi]. In their products phi(z) . phi(z'),
-    2 cos(a + u) cos(a' + u) = cos(a - a') + cos(a + a' + 2u), the last term averages out, and the
-    mean of cos(W (z - z')) over W is exp(-|z - z'|^2 / (2 width^2)): the usual Gaussian kernel
-    (Rahimi and Recht 2007).
+    topk over n columns is slow, a minimum is fast. So the columns are cut into blocks; the k
+    nearest points are in the k blocks whose minima are smallest (for a point elsewhere, each of
+    those blocks has a nearer one), and only these are searched.
     """
-
-    def __init__(self, z_dim: int, y_dim: int, width: float = 1.0, features: int = 2000):
-        super().__init__()
-        self.register_buffer("W", torch.randn(z_dim, features) / width)
-        self.register_buffer("u", 2 * math.pi * torch.rand(features))
-        self.linear = nn.Linear(features, y_dim)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Scores f_k(z), [B, Z] -> [B, K]."""
-        return self.linear(math.sqrt(2 / len(self.u)) * torch.cos(z @ self.W + self.u))
-
-    def loss(self, z_l, y_l, z_u, r: float, b: float = 10.0, c: float = 1e-4) -> Tensor:
-        """The sum above, a scalar."""
-
-        def hinge(f, y):
-            t = 2 * F.one_hot(y, f.shape[1]) - 1
-            return F.relu(1 - t * f).square().sum(1).mean()
-
-        f_l, f_u = self(z_l), self(z_u)
-        balance = (f_u.mean(0) - f_l.mean(0)).square().sum()
-        norm = self.linear.weight.square().sum()
-        return hinge(f_l, y_l) + r * hinge(f_u, f_u.argmax(1)) + b * balance + c / 2 * norm
+    k = min(k, len(points))
+    blocks = max(k, min(500, len(points)))
+    pad = -len(points) % blocks
+    squares = F.pad(points.square().sum(1), (0, pad), value=math.inf)
+    points = F.pad(points, (0, 0, 0, pad)).T.contiguous()
+    found = []
+    for chunk in z.split(500):
+        d = torch.addmm(squares, chunk, points, alpha=-2)  # |z - point|^2, less the same |z|^2
+        d = d.view(len(chunk), blocks, -1)
+        block = d.amin(2).topk(k, largest=False).indices  # [B, k]
+        size = d.shape[2]
+        d = d.gather(1, block[:, :, None].expand(-1, -1, size)).flatten(1)
+        i = d.topk(k, largest=False).indices
+        found.append(block.gather(1, i // size) * size + i % size)
+    return torch.cat(found)
 
 
-def fit_tsvm(
-    z_l: Tensor, y_l: Tensor, z_u: Tensor, y_dim: int, steps=2000, batch_size=1000
-) -> TSVM:
-    """Train a TSVM on labelled features z_l [N, Z], y_l [N] and others, z_u [n, Z], without labels.
+class KNN(NamedTuple):
+    """Scores of z: the mean of the votes of the k points nearest to it."""
 
-    The kernel's width is 0.57 of the median distance, by validation error, as are b and c of loss.
+    points: Tensor  # [n, Z]
+    votes: Tensor  # [n, K]
+    k: int
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """[B, Z] -> [B, K]; the largest is the answer."""
+        return self.votes[nearest(z, self.points, self.k)].mean(1)
+
+
+def svm_step(m: Tensor, t: Tensor, a: float) -> Tensor:
+    """The f that minimises (f - m)^2 + a max(0, 1 - t f)^2, for t = +1 or -1, element by element.
+
+    Where t m >= 1, f = m makes both terms 0. Elsewhere the derivative is 0 at
+    (f - m) = a t (1 - t f), so f (1 + a) = m + a t, or f = m + a / (1 + a) t (1 - t m).
     """
-    sample = z_u[torch.randperm(len(z_u), device=z_u.device)[:1000]]
-    width = max(0.57 * torch.cdist(sample, sample).median().item(), 1e-3)
-    svm = TSVM(z_l.shape[1], y_dim, width).to(z_l.device)
-    optimizer = torch.optim.Adam(svm.linear.parameters())
+    return m + a / (1 + a) * t * F.relu(1 - t * m)
+
+
+def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=10, a=0.3, steps=100, spread=0.3) -> KNN:
+    """Transductive support vector machine on the graph of neighbours. z: [n, Z], the first N of
+    them labelled y_l [N]. Settings by validation error.
+
+    A support vector machine has one score f_k a class. Write t_k(y) = +1 if k = y, else -1: it
+    wants t_k(y) f_k >= 1 and pays for what is missing, here by its square:
+        hinge(f, y) = sum_k max(0, 1 - t_k(y) f_k)^2.
+    Without more, any f fits the N labels. The usual remedy is a small norm of f in a kernel's
+    space; ours is that f be smooth where the data are: let m_i be the mean of f over the k nearest
+    neighbours of point i. An unlabelled point has no y, so y is minimised over as well:
+        sum_i |f_i - m_i|^2 + infinity * sum_labelled hinge(f_i, y_i)
+                            + a * sum_unlabelled min_y hinge(f_i, y).
+    The last term is what makes it transductive: it pushes unlabelled points to a side, and so the
+    boundaries, where f changes sign, to where there are few points. The minimum is at
+    y = argmax_k f_k (changing y from k to j adds g(f_j) - g(f_k), and the function
+    g(f) = max(0, 1 - f)^2 - max(0, 1 + f)^2 decreases in f).
+
+    We let each point in turn minimise its own terms, given its neighbours: svm_step. Two things
+    guard against poor answers. First only the labels spread, without the last term, from f = -1
+    (of no class): a guess costs much if it is made too soon. After that every class is held to
+    its share: (m + 1) / 2, about 1 within the class and 0 elsewhere, is scaled to a mean of 1/K.
+    """
+    N, t_l = len(y_l), 2.0 * F.one_hot(y_l, y_dim) - 1
+    neighbours = nearest(z, z, k + 1)[:, 1:]  # the nearest is the point itself
+    f = torch.full((len(z), y_dim), -1.0, device=z.device)
+    f[:N] = t_l
     for step in range(steps):
-        t = step / steps
-        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - t)
-        l = torch.randint(len(z_l), (min(len(z_l), batch_size),), device=z_l.device)
-        u = torch.randint(len(z_u), (batch_size,), device=z_u.device)
-        loss = svm.loss(z_l[l], y_l[l], z_u[u], r=min(1.0, 2 * t))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return svm
+        m = f[neighbours].mean(1)
+        if step >= spread * steps:
+            m = (m + 1) * (2 / y_dim / (m + 1).mean(0).clamp_min(1e-6)) - 1
+            t = 2.0 * F.one_hot(m.argmax(1), y_dim) - 1
+            known = m.amax(1, keepdim=True) > -1  # some label has reached the point
+            m = torch.where(known, svm_step(m, t, a), m)
+        f = m
+        f[:N] = t_l
+    return KNN(z, f, k)
 
 
 # =================================================================================================
-# 7. DATA: MNIST, Fashion-MNIST, built-in glyphs or your own npz file
+# 7. DATA: MNIST, Fashion-MNIST, SVHN, small NORB, built-in glyphs or your own npz file
 # =================================================================================================
 
 
@@ -592,12 +654,13 @@ class BadInput(Exception):
 
 
 class Data(NamedTuple):
-    """What training and evaluation see. Images: [n, D], uint8 in 0..255 or float in [0, 1]."""
+    """What training and evaluation see. Images: [n, D], as stored (see observe)."""
 
     name: str
-    shape: tuple[int, int, int]  # of an image: channels, height, width; D is their product
+    shape: tuple[int, int, int]  # of an image: channels, height, width
     y_dim: int  # K
     likelihood: str  # a key of LIKELIHOODS
+    pca: dict | None  # of Gaussian images (see principal_components)
     x_l: Tensor  # the N labelled training images ...
     y_l: Tensor  # ... and their labels
     x_u: Tensor  # the M unlabelled training images; their labels are not kept
@@ -645,61 +708,146 @@ def glyphs(n: int = 70_000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return torch.cat(x).numpy(), y.numpy()
 
 
-def load_torchvision(dataset: str, data_dir: Path) -> list[np.ndarray]:
-    """x_train, y_train, x_test, y_test of mnist or fashion, read from data_dir or downloaded there.
+NORB_URL = "https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/"
+NORB_FILES = {  # the authors publish no checksums; these md5 sums of the .gz files are common use
+    "smallnorb-5x46789x9x18x6x2x96x96-training-dat.mat": "66054832f9accfe74a0f4c36a75bc0a2",
+    "smallnorb-5x46789x9x18x6x2x96x96-training-cat.mat": "23c8b86101fbf0904a000b43d3ed2fd9",
+    "smallnorb-5x01235x9x18x6x2x96x96-testing-dat.mat": "e4ad715691ed5a3a5f138751a4ceb071",
+    "smallnorb-5x01235x9x18x6x2x96x96-testing-cat.mat": "5aa791cd7e6016cf957ce9bdb93b8603",
+}
 
-    Raises BadInput if the files are neither there nor to be had, or do not read as they should.
+
+def load_norb(folder: Path) -> list[np.ndarray]:
+    """x_train, y_train, x_test, y_test of small NORB, read from folder (.mat, or .mat.gz, which are
+    downloaded where missing): 24,300 images each, [n, 1, 32, 32] floats in [0, 1], 5 classes.
+
+    Only the left camera's images: the right one's show the same toy at the same moment, and as
+    examples of their own they would put near-copies of training images among the validation images.
+    Each pixel is the mean of 3 x 3. The info files (toy, angles, light) are not needed.
+    """
+    from torchvision.datasets.utils import download_url
+
+    arrays = []
+    for name, md5 in NORB_FILES.items():
+        path = folder / name
+        if not path.exists():
+            path = folder / (name + ".gz")
+        if not path.exists():
+            download_url(NORB_URL + path.name, str(folder), md5=md5)
+        try:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                magic, ndim = np.frombuffer(file.read(8), "<i4")
+                kind = {0x1E3D4C55: "u1", 0x1E3D4C54: "<i4"}[magic]
+                sizes = np.frombuffer(file.read(4 * max(3, ndim)), "<i4")[:ndim]
+                array = np.frombuffer(file.read(), kind).reshape(sizes)  # C order
+        except Exception as error:  # OS, gzip and zlib errors, a wrong magic number or size
+            raise BadInput(
+                f"{path} is damaged or no NORB file ({one_line(error)}): remove it to have it "
+                f"downloaded again"
+            ) from error
+        if "dat" in name:
+            if array.ndim != 4 or array.shape[1:] != (2, 96, 96) or kind != "u1":
+                raise BadInput(f"{path}: shape {array.shape}, not [n, 2, 96, 96] of bytes")
+            array = array[:, 0].reshape(-1, 1, 32, 3, 32, 3)
+            array = array.sum((3, 5), dtype=np.uint16).astype(np.float32) / (9 * 255)
+        elif array.shape != arrays[-1].shape[:1] or array.min() < 0 or array.max() > 4:
+            raise BadInput(f"{path}: not {len(arrays[-1])} labels 0..4, one an image")
+        arrays.append(array if "dat" in name else array.astype(np.int64))
+    return arrays
+
+
+def load_torchvision(dataset: str, data_dir: Path) -> list[np.ndarray]:
+    """x_train, y_train, x_test, y_test of mnist, fashion or svhn, read from data_dir, a torchvision
+    root, or downloaded there: uint8 images [n, C, H, W], labels 0..9.
     """
     from torchvision import datasets  # here, since it takes a second to import
 
-    kind = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST}[dataset]
-    raw = data_dir / kind.__name__ / "raw"
-    was_there = [folder for folder in (raw, *raw.parents) if folder.exists()]
-    try:
+    if dataset == "svhn":
+        sets = [datasets.SVHN(str(data_dir), part, download=True) for part in ("train", "test")]
+        arrays = [a for s in sets for a in (s.data, s.labels)]
+    else:
+        kind = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST}[dataset]
         sets = [kind(str(data_dir), train=train, download=True) for train in (True, False)]
+        arrays = [a for s in sets for a in (s.data.numpy()[:, None], s.targets.numpy())]
+    return arrays
+
+
+# The files that each data set is read from, relative to --data-dir.
+FILES = {
+    "mnist": "MNIST/raw/ with the four idx files",
+    "fashion": "FashionMNIST/raw/ with the four idx files",
+    "svhn": "train_32x32.mat and test_32x32.mat",
+    "norb": "norb/ with the files smallnorb-...-{training,testing}-{dat,cat}.mat or .mat.gz",
+}
+
+
+def load_known(dataset: str, data_dir: Path) -> list[np.ndarray]:
+    """x_train, y_train, x_test, y_test of a data set in FILES, downloaded to data_dir if need be.
+
+    Raises BadInput if the files are neither there nor to be had, or do not read as they should.
+    """
+    new = data_dir / FILES[dataset].split()[0]
+    new = [folder for folder in (new, *new.parents) if not folder.exists()]
+    try:
+        if dataset == "norb":
+            return load_norb(data_dir / "norb")
+        return load_torchvision(dataset, data_dir)
     except Exception as error:  # torchvision raises of every kind here: network, format, disk
-        for folder in (raw, *raw.parents):  # leave no empty folder behind
-            if folder not in was_there and folder.exists() and not any(folder.iterdir()):
+        for folder in new:  # leave no empty folder behind
+            if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, BadInput):
+            raise
         raise BadInput(
-            f"cannot read or download {dataset} in {data_dir} ({reason}): give --data-dir a folder "
-            f"that holds {kind.__name__}/raw/ with the four idx files, or use --dataset glyphs"
+            f"cannot read or download {dataset} in {data_dir} ({one_line(error)}): give --data-dir "
+            f"a folder that holds {FILES[dataset]}, or use --dataset glyphs"
         ) from error
-    return [a for s in sets for a in (s.data.numpy(), s.targets.numpy())]
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error, short."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def load_npz(path: Path) -> list[np.ndarray]:
-    """x_train, y_train, x_test, y_test of a user's own file. Raises BadInput if it is not one."""
+    """x_train, y_train, x_test, y_test of a user's own file, images as [n, C, H, W].
+
+    Raises BadInput if it is not such a file.
+    """
     names = ["x_train", "y_train", "x_test", "y_test"]
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = [file[name] for name in names]
     except Exception as error:  # a zip, zlib, KeyError, pickle or OS error: all mean the same
-        reason = " ".join(str(error).split())[:200]
         raise BadInput(
-            f"cannot read {path} ({reason}): it must be an npz file with the arrays "
+            f"cannot read {path} ({one_line(error)}): it must be an npz file with the arrays "
             f"{', '.join(names)}, without pickled objects"
         ) from error
+    for i in (0, 2):
+        x = arrays[i]
+        if x.ndim not in (3, 4):
+            raise BadInput(f"{path}: {names[i]} has shape {x.shape}, not [n, H, W] or [n, H, W, C]")
+        arrays[i] = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)
+    return arrays
+
+
+def check(source: str | Path, arrays: list[np.ndarray]) -> None:
+    """Raises BadInput unless these are images [n, C, H, W] and their labels 0..K-1."""
     x_train, y_train, x_test, y_test = arrays
     for x, y, part in ((x_train, y_train, "train"), (x_test, y_test, "test")):
-        if x.ndim not in (3, 4) or 0 in x.shape or x.shape[1:] != x_train.shape[1:]:
-            raise BadInput(f"{path}: x_{part} has shape {x.shape}, not [n, H, W] or [n, H, W, C]")
+        if x.ndim != 4 or 0 in x.shape or x.shape[1:] != x_train.shape[1:]:
+            raise BadInput(f"{source}: the images x_{part} have an unusable shape, {x.shape}")
         if x.dtype != np.uint8 and x.dtype.kind != "f":
-            raise BadInput(f"{path}: x_{part} has type {x.dtype}, not uint8 or float")
+            raise BadInput(f"{source}: x_{part} has type {x.dtype}, not uint8 or float")
         if x.dtype.kind == "f" and not (0 <= x.min() and x.max() <= 1):  # false for NaN too
-            raise BadInput(f"{path}: x_{part} has values outside [0, 1]; scale it")
+            raise BadInput(f"{source}: x_{part} has values outside [0, 1]; scale it")
         if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0:
-            raise BadInput(f"{path}: y_{part} must be {len(x)} integers from 0, one an image")
+            raise BadInput(f"{source}: y_{part} must be {len(x)} integers from 0, one an image")
     if len(x_train) < 6:
-        raise BadInput(f"{path}: {len(x_train)} training images are too few")
+        raise BadInput(f"{source}: {len(x_train)} training images are too few")
     y_dim = int(y_train.max()) + 1
     if y_dim < 2 or y_test.max() >= y_dim or len(np.unique(y_train)) != y_dim:
-        raise BadInput(f"{path}: the labels in y_train must be 0..K-1, each present, K >= 2")
-    x_train, x_test = (
-        x if x.dtype == np.uint8 else x.astype(np.float32) for x in (x_train, x_test)
-    )
-    return [x_train, y_train.astype(np.int64), x_test, y_test.astype(np.int64)]
+        raise BadInput(f"{source}: the labels in y_train must be 0..K-1, each present, K >= 2")
 
 
 def split(y: Tensor, n_labels: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -722,39 +870,81 @@ def split(y: Tensor, n_labels: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return labelled, unlabelled, valid
 
 
-def load_data(dataset: str, data_dir: Path, n_labels: int, seed: int, device) -> Data:
-    """Read a data set, split it by the seed and put it on the device. Raises BadInput."""
-    if dataset.endswith(".npz"):
-        name, arrays = Path(dataset).name, load_npz(Path(dataset))
-    else:
-        name = "mnist" if dataset == "auto" else dataset
-        if name != "glyphs":
-            try:
-                arrays = load_torchvision(name, data_dir)
-            except BadInput as error:
-                if dataset != "auto":
-                    raise
-                print(f"ssvae: {error}\nssvae: going on with the built-in glyphs", file=sys.stderr)
-                name = "glyphs"
-        if name == "glyphs":
-            x, y = glyphs()
-            n = len(x) * 6 // 7  # 60,000 for training, 10,000 for the test
-            arrays = [x[:n], y[:n], x[n:], y[n:]]
+def principal_components(images: Tensor, share: float = 0.99) -> dict:
+    """The leading principal components of images [n, D], with this share of their variance.
 
-    x_train, y_train, x_test, y_test = map(torch.from_numpy, arrays)
-    if x_train.ndim == 3:
-        x_train, x_test = x_train[..., None], x_test[..., None]  # one channel
-    shape = (x_train.shape[3], x_train.shape[1], x_train.shape[2])
-    x_train, x_test = (x.permute(0, 3, 1, 2).flatten(1) for x in (x_train, x_test))  # [n, D]
-    l, u, v = split(y_train, n_labels, seed)
+    Returns the mean [D], directions V [D, d] (orthonormal columns), standard deviations sd [d].
+    Neighbouring pixels are alike, so their covariance has a few large eigenvalues and many tiny
+    ones. In x = (image - mean) V / sd, the coordinates along the eigenvectors of the large ones in
+    units of their spread, dimensions are uncorrelated, as a diagonal Gaussian p(x|z) has it, and of
+    like size, as networks like it. The directions that are dropped hardly vary; a learned variance
+    could fall towards 0 on them, and the density would grow without limit for no gain in meaning.
+    """
+    x = pixels(images[:20_000])
+    mean = x.mean(0)
+    variance, V = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))  # ascending
+    variance, V = variance.flip(0).clamp_min(1e-8), V.flip(1)
+    d = int((variance.cumsum(0) < share * variance.sum()).sum()) + 1
+    return {"mean": mean, "V": V[:, :d].contiguous(), "sd": variance[:d].sqrt()}
+
+
+def project(images: Tensor, pca: dict) -> Tensor:
+    """Images [n, D] to their coordinates x [n, d]."""
+    chunks = [(pixels(chunk) - pca["mean"]) @ pca["V"] / pca["sd"] for chunk in images.split(1000)]
+    return torch.cat(chunks)
+
+
+def unproject(x: Tensor, pca: dict | None) -> Tensor:
+    """x as the models see it, [..., d], to pixels in [0, 1], [..., D]: undoes project."""
+    return x if pca is None else (pca["mean"] + (x * pca["sd"]) @ pca["V"].T).clamp(0, 1)
+
+
+def load_data(
+    dataset: str, data_dir: Path, n_labels: int | None, seed: int, device, pca: dict | None = None
+) -> Data:
+    """Read a data set, split it by the seed and put it on the device.
+
+    n_labels None: the data set's default. pca: that of a saved model, else computed from the
+    training images where the likelihood is Gaussian. Raises BadInput.
+    """
+    name = Path(dataset).name if dataset.endswith(".npz") else dataset
+    if dataset in ("auto", *FILES):
+        name = "mnist" if dataset == "auto" else dataset
+        try:
+            arrays = load_known(name, data_dir)
+        except BadInput as error:
+            if dataset != "auto":
+                raise
+            print(f"ssvae: {error}\nssvae: going on with the built-in glyphs", file=sys.stderr)
+            name = "glyphs"
+    if name == "glyphs":
+        x, y = glyphs()
+        n = len(x) * 6 // 7  # 60,000 for training, 10,000 for the test
+        arrays = [x[:n, None], y[:n], x[n:, None], y[n:]]
+    elif name not in FILES:
+        arrays = load_npz(Path(dataset))
+    check(dataset, arrays)
+
+    shape = arrays[0].shape[1:]
+    row = DATASETS.get(name) or DATASETS["grey npz" if shape[0] == 1 else "colour npz"]
+    x_train, x_test = (
+        torch.from_numpy(x if x.dtype == np.uint8 else x.astype(np.float32)).flatten(1).to(device)
+        for x in arrays[::2]
+    )
+    y_train, y_test = (torch.from_numpy(y.astype(np.int64)) for y in arrays[1::2])
+    l, u, v = split(y_train, n_labels or row["labels"], seed)
+    if row["likelihood"] == "gaussian":
+        pca = pca or principal_components(x_train[torch.cat([u, l])])
+        if len(pca["mean"]) != x_train.shape[1]:
+            raise BadInput(f"the saved model was trained on images of another size than {name}")
+        x_train, x_test = project(x_train, pca), project(x_test, pca)
     tensors = [x_train[l], y_train[l], x_train[u], x_train[v], y_train[v], x_test, y_test]
-    likelihood = "bernoulli" if shape[0] == 1 else "gaussian"
     y_dim = int(y_train.max()) + 1
-    return Data(name, shape, y_dim, likelihood, *(tensor.to(device) for tensor in tensors))
+    return Data(name, shape, y_dim, row["likelihood"], pca, *(a.to(device) for a in tensors))
 
 
 def pixels(images: Tensor) -> Tensor:
-    """Stored images as float32 in [0, 1]."""
+    """Stored images as float32: pixels in [0, 1], or coordinates of principal components."""
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
@@ -763,13 +953,10 @@ def observe(images: Tensor, likelihood: str) -> Tensor:
 
     Bernoulli: a grey pixel is read as the probability that the pixel is on, and binary images are
     drawn from it, afresh at every visit. So the bound is one on the log probability of a binary
-    image, and every epoch sees other ones.
-    Gaussian: a stored value stands for an interval of width 1/256, and x is drawn uniformly from
-    it. A density could otherwise grow without limit on values that repeat exactly.
+    image, and every epoch sees other ones. Gaussian: x is what is stored.
     """
     x = pixels(images)
-    u = torch.rand_like(x)
-    return (u < x).float() if likelihood == "bernoulli" else (255 * x + u) / 256
+    return (torch.rand_like(x) < x).float() if likelihood == "bernoulli" else x
 
 
 # =================================================================================================
@@ -782,17 +969,19 @@ class Diverged(Exception):
 
 
 def bfloat16_is_faster(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 matrices natively: GPUs since 2020, CPUs with AMX.
+    """Whether the hardware multiplies bfloat16 matrices natively: most GPUs since 2020, CPUs with
+    AMX or AVX512-BF16.
 
-    There a matrix product takes a fourth to a tenth of the time. bfloat16 has float32's range with
-    8 bits of precision: enough for activations and their gradients, so only those are rounded;
-    weights, Adam's moments, log-densities and sums stay float32. Decided by features, not by a
-    timing, so that a run on the same CPU always computes the same.
+    There a matrix product takes a third to a tenth of the time; elsewhere it is emulated and
+    slower. bfloat16 has float32's range with 8 bits of precision: enough for activations and their
+    gradients, so only those are rounded; weights, Adam's moments, log-densities and sums stay
+    float32. Decided by features, not by a timing, so that a run on the same machine always computes
+    the same.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cpu" and bool(capabilities.get("amx_bf16"))
+    can = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and bool(can.get("amx_bf16") or can.get("avx512_bf16"))
 
 
 def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> None:
@@ -810,7 +999,7 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> N
     optimizer = torch.optim.Adam(
         model.parameters(), lr=s["lr"], fused=device.type in ("cpu", "cuda")
     )
-    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16_is_faster(device))
+    bf16 = run.settings["precision"] == "bfloat16"
     for epoch in range(run.restore(model, optimizer), s["epochs"]):
         # Every epoch has its own random numbers, so a resumed run needs no record of their state.
         torch.manual_seed((run.settings["seed"] * 1_000_003 + epoch) % 2**63)
@@ -824,7 +1013,7 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> N
             optimizer.param_groups[0]["lr"] = s["lr"] * (1 - t)
             l = torch.randperm(N, device=device)[:n_l]
             u = order[step * n_u : (step + 1) * n_u]
-            with bf16:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 x_l = observe(data.x_l[l], data.likelihood)
                 x_u = observe(data.x_u[u], data.likelihood)
                 loss = model.objective(x_l, data.y_l[l], x_u, N / (N + M), t, s)
@@ -891,7 +1080,138 @@ def active_dimensions(m1: M1, images: Tensor) -> Tensor:
 
 
 # =================================================================================================
-# 10. THE COMMAND LINE and what a run writes
+# 10. PICTURES, drawn with Pillow
+# =================================================================================================
+
+
+def mosaic(images: Tensor, shape: tuple, captions: list[list[str]] | None = None, breaks=()):
+    """One picture of images [rows, columns, D] with pixels in [0, 1], captions[r][c] under each.
+
+    breaks: columns that stand a little apart from the one on their left.
+    """
+    from PIL import Image, ImageDraw
+
+    (C, H, W), (rows, columns), gap = shape, images.shape[:2], 4
+    scale = max(1, 60 // max(H, W))
+    w, h = scale * W + gap, scale * H + gap + (26 if captions else 0)
+    page = Image.new("RGB", (columns * w + gap + 3 * gap * len(breaks), rows * h + gap), "white")
+    draw = ImageDraw.Draw(page)
+    for r in range(rows):
+        for c in range(columns):
+            tile = (255 * images[r, c]).round().byte().view(C, H, W)
+            tile = tile if C == 3 else tile[:1].expand(3, H, W)
+            tile = Image.fromarray(tile.permute(1, 2, 0).cpu().numpy())
+            at = gap + c * w + 3 * gap * sum(c >= b for b in breaks), gap + r * h
+            page.paste(tile.resize((scale * W, scale * H), Image.Resampling.NEAREST), at)
+            if captions:
+                draw.text((at[0], at[1] + scale * H), captions[r][c], fill="black")
+    return page
+
+
+def curves(rows: list[dict]):
+    """The bound and the validation error against epochs, from the rows of log.csv."""
+    from PIL import Image, ImageDraw
+
+    page = Image.new("RGB", (960, 360), "white")
+    draw = ImageDraw.Draw(page)
+    titles = {"bound": "bound on log p(x), nats", "valid_error": "validation error, %"}
+    for left, (key, title) in zip((80, 570), titles.items()):
+        values = [row[key] for row in rows]
+        shown = values[len(values) // 10 :]  # the first tenth falls from far off the page
+        low, span = min(shown), (max(shown) - min(shown)) or 1.0
+        at = [
+            (left + 360 * (i + 0.5) / len(values), 300 - 250 * min(max((v - low) / span, 0), 1))
+            for i, v in enumerate(values)
+        ]
+        draw.text((left, 20), title, fill="black", font_size=16)
+        draw.text((left + 180, 350), "epoch", fill="black", font_size=14, anchor="ms")
+        draw.rectangle((left, 45, left + 360, 305), outline="black")
+        for k in range(5):
+            value = f"{low + span * k / 4:.1f}"
+            draw.text((left - 6, 300 - 250 * k / 4), value, fill="black", anchor="rm", font_size=13)
+        for i in range(0, len(rows), math.ceil(len(rows) / 6)):
+            epoch = str(rows[i]["epoch"])
+            draw.text((at[i][0], 310), epoch, fill="black", anchor="ma", font_size=13)
+        for i in range(1, len(rows)):
+            if rows[i]["stage"] != rows[i - 1]["stage"]:  # the stack: M1, then M2 on top
+                x = (at[i - 1][0] + at[i][0]) / 2
+                draw.line((x, 45, x, 305), fill="grey")
+                draw.text((x - 6, 50), "M1", fill="grey", anchor="ra", font_size=13)
+                draw.text((x + 6, 50), "M2 on z1", fill="grey", font_size=13)
+        draw.line(at, fill="navy", width=2)
+        for x, y in at:
+            draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill="navy")
+    return page
+
+
+PICTURES = ["curves", "reconstructions", "samples", "analogies", "styles", "mistakes"]
+PICTURES = [name + ".png" for name in PICTURES]
+
+
+@torch.no_grad()
+def pictures(model: nn.Module, classify, data: Data) -> dict:
+    """Pictures by file name. Noise from a fixed seed, so that they compare."""
+    torch.manual_seed(0)
+    device, K = data.x_test.device, min(data.y_dim, 20)
+    found = {}
+
+    def add(name, rows, **how):  # rows: x as the models see it, [rows, columns, d]
+        found[name] = mosaic(unproject(rows, data.pca), data.shape, **how)
+
+    # reconstructions.png: test images, and below what M1, and then M2 on top, make of them
+    x = pixels(data.x_test[:20])
+    if hasattr(model, "reconstruct"):
+        add("reconstructions.png", torch.stack([x, *model.reconstruct(x)]))
+
+    if isinstance(model, M1):
+        # samples.png: means of p(x|z), z ~ p(z)
+        z = torch.randn(100, model.p_x[0].in_features, device=device)
+        add("samples.png", model.generate(z).view(10, 10, -1))
+    else:
+        z_dim = getattr(model, "m2", model).p_x[0].in_features
+
+        def generate(z):  # z [rows, Z] -> means of p(x|y,z), [rows, K, d], a column for each y
+            y = torch.arange(K, device=device).repeat(len(z))
+            return model.generate(y, z.repeat_interleave(K, 0)).view(len(z), K, -1)
+
+        # samples.png: each row has its own z ~ p(z)
+        add("samples.png", generate(torch.randn(10, z_dim, device=device)))
+
+        # analogies.png (the paper's figure 1 b, c): a row has the z of the test image on its left
+        x = [pixels(data.x_test[data.y_test == k][:1]) for k in range(K)]
+        y = torch.cat([data.y_test[data.y_test == k][:1] for k in range(K)])
+        x = torch.cat(x)
+        add("analogies.png", torch.cat([x[:, None], generate(model.infer(x, y))], 1), breaks=[1])
+
+        # styles.png (figure 1 a): classes 0, 1, 2 over a grid of z, equally spaced in probability
+        if z_dim == 2:
+            p = torch.special.ndtri(torch.linspace(0.04, 0.96, 12, device=device))
+            grid = generate(torch.cartesian_prod(p, p)).view(12, 12, K, -1)
+            add(
+                "styles.png",
+                torch.cat([grid[:, :, k] for k in range(min(K, 3))], 1),
+                breaks=[12, 24],
+            )
+
+    # mistakes.png: wrong test images, those first whose best score leads the second most
+    scores = torch.cat([classify(pixels(chunk)) for chunk in data.x_test.split(1000)])
+    best, answer = scores.topk(2)
+    wrong = (answer[:, 0] != data.y_test).nonzero()[:, 0]
+    wrong = wrong[(best[wrong, 0] - best[wrong, 1]).argsort(descending=True)][:30]
+    if len(wrong):
+        columns = min(10, len(wrong))
+        wrong = wrong[: len(wrong) // columns * columns].view(-1, columns)
+        captions = [[f"true {data.y_test[i]}\nsaid {answer[i, 0]}" for i in row] for row in wrong]
+        add(
+            "mistakes.png",
+            pixels(data.x_test[wrong.flatten()]).view(*wrong.shape, -1),
+            captions=captions,
+        )
+    return found
+
+
+# =================================================================================================
+# 11. THE COMMAND LINE and what a run writes
 # =================================================================================================
 
 
@@ -913,6 +1233,13 @@ def save_torch(path: Path, content: dict) -> None:
     """torch.save, whole or not at all."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
+    write_file(path, buffer.getvalue())
+
+
+def save_picture(path: Path, picture) -> None:
+    """A Pillow image as a PNG file, whole or not at all."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
     write_file(path, buffer.getvalue())
 
 
@@ -938,8 +1265,8 @@ CHECKPOINT_KEYS = {"settings", "stage", "epoch", "model", "optimizer", "rows", "
 class Run:
     """A run's folder, progress lines and log; with saved, a checkpoint, it goes on from there."""
 
-    def __init__(self, folder: Path, settings: dict, saved: dict | None):
-        self.folder, self.settings, self.saved = folder, settings, saved
+    def __init__(self, folder: Path, settings: dict, saved: dict | None, images: bool):
+        self.folder, self.settings, self.saved, self.images = folder, settings, saved, images
         self.rows = saved["rows"] if saved else []
         self.start = time.perf_counter() - (saved["seconds"] if saved else 0)
         self.stage, self.epochs, self.last_tick = "", 0, 0.0
@@ -987,6 +1314,8 @@ class Run:
         }
         save_torch(self.folder / "checkpoint.pt", content)
         self.write_log()
+        if self.images:
+            save_picture(self.folder / "curves.png", curves(self.rows))
         print(
             ("\r\x1b[K" if sys.stdout.isatty() else "")
             + f"{self.stage} epoch {row['epoch']}/{self.epochs}  bound {row['bound']:.2f} nats  "
@@ -1033,31 +1362,46 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--model", choices=SETTINGS, default="m2", help="default: m2")
+    add("--model", choices=SETTINGS, help="default: m2")
     add(
         "--dataset",
-        default="auto",
-        help="mnist, fashion, glyphs (built in), a file PATH.npz with x_train, y_train, x_test, "
-        "y_test, or auto (default): mnist, and glyphs where it cannot be had",
+        help="mnist, fashion, svhn, norb, glyphs (built in), a file PATH.npz with x_train, "
+        "y_train, x_test, y_test, or auto (default): mnist, and glyphs where it cannot be had",
     )
-    add("--labels", type=count, default=100, help="N, the number of labelled images (100)")
+    add("--labels", type=count, help="N, the number of labelled images (100; svhn, norb 1000)")
     add("--epochs", type=count, help="epochs of training; for m1+m2, of its M2 stage")
     add("--batch-size", type=count, help="unlabelled images in a minibatch; as --epochs")
     add("--lr", type=positive, help="Adam's first step size, falls linearly to 0; as --epochs")
+    add("--z-dim", type=count, help="dimensions of z (50), of z2 for m1+m2; 2 draws styles.png")
     add("--alpha", type=number(float, 0), help="weight of the classification loss (eq. 9)")
     add("--m1-epochs", type=count, help="for m1+m2: epochs of its M1 stage")
     add("--m1", type=Path, metavar="FILE", help="model.pt of an M1 to use instead of training one")
     add("--classifier", choices=["tsvm", "knn"], help="for m1: on its features (default: tsvm)")
-    add("--seed", type=number(int, 0), default=0, help="draws splits, weights and noise (0)")
+    add("--seed", type=number(int, 0), help="draws splits, weights and noise (0)")
     add("--device", default="auto", help="auto (an accelerator if there is one), cpu, cuda, ...")
+    add(
+        "--precision",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="of matrix products in training; auto (default): bfloat16 where it is faster",
+    )
     data_dir = os.environ.get("SSVAE_DATA_DIR") or "data"
     add("--data-dir", type=Path, default=Path(data_dir), help="default: $SSVAE_DATA_DIR or data")
     add("--out-dir", type=Path, help="default: runs/<model>-<dataset>-<N>-<seed>")
     add("--resume", action="store_true", help="go on with the run if it was interrupted")
     add("--overwrite", action="store_true", help="train afresh where a run is already")
+    add("--no-images", action="store_true", help="draw no pictures")
+    add("--load", type=Path, metavar="FILE", help="a model.pt to evaluate and draw, not to train")
     args = parser.parse_args(argv)
+    if args.load:
+        for name in ("epochs", "batch_size", "lr", "z_dim", "alpha", "m1_epochs", "m1", "resume"):
+            if getattr(args, name):
+                raise BadInput(f"--load trains nothing; drop --{name.replace('_', '-')}")
+        return args
+    args.model, args.dataset = args.model or "m2", args.dataset or "auto"
+    args.seed = args.seed or 0
 
-    known = ("auto", "mnist", "fashion", "glyphs")
+    known = ("auto", *FILES, "glyphs")
     if args.dataset not in known and not args.dataset.endswith(".npz"):
         raise BadInput(f"--dataset {args.dataset}: choose {', '.join(known)} or a file PATH.npz")
     only = {
@@ -1097,29 +1441,53 @@ def pick_device(name: str) -> torch.device:
         raise BadInput(f"--device {name} cannot be used here ({reason}); try cpu") from error
 
 
-def load_m1(path: Path, data: Data, s: dict, device) -> M1:
-    """The M1 in a model.pt, if it fits the data. Raises BadInput.
+def load_model(path: Path, device) -> dict:
+    """What a run wrote to model.pt. Raises BadInput."""
+    return load_torch(path, {"settings", "model", "classifier", "pca"}, device)
 
-    An M1 of another seed has seen, without labels, images that are validation images here.
+
+def restore(path: Path, saved: dict, data: Data) -> tuple[nn.Module, KNN | None]:
+    """The model in what load_model read, and for M1 the classifier on its features.
+
+    Raises BadInput if they do not fit each other or the data.
     """
-    saved = load_torch(path, {"settings", "model", "classifier"}, device)
-    m1 = M1(math.prod(data.shape), s["z_dim"], s["hidden"], data.likelihood).to(device)
-    if saved["settings"].get("model") != "m1":
-        raise BadInput(f"--m1 {path} holds {saved['settings'].get('model')}, not m1")
-    if saved["settings"].get("dataset") != data.name:
-        raise BadInput(
-            f"--m1 {path} was trained on {saved['settings'].get('dataset')}, not {data.name}"
-        )
+    s, classifier = saved["settings"], None
     try:
-        m1.load_state_dict(saved["model"])
-    except RuntimeError as error:
-        raise BadInput(f"--m1 {path} does not fit this model and data") from error
-    return m1.eval()
+        if s["model"] == "m2":
+            model = new_m2(s, data.x_test.shape[1], data.y_dim, data.likelihood)
+        else:
+            prefix = "m1_" if s["model"] == "m1+m2" else ""
+            model = M1(
+                data.x_test.shape[1], s[prefix + "z_dim"], s[prefix + "hidden"], data.likelihood
+            )
+        if s["model"] == "m1+m2":
+            active = saved["model"]["active"]
+            model = M1M2(model, new_m2(s, len(active), data.y_dim, "gaussian"), active)
+        model.load_state_dict(saved["model"])
+        if s["model"] == "m1":
+            classifier = KNN(**saved["classifier"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} does not fit this model and data") from error
+    return model.to(data.x_test.device).eval(), classifier
+
+
+def new_m2(s: dict, x_dim: int, y_dim: int, likelihood: str) -> M2:
+    """An untrained M2 with these settings."""
+    return M2(
+        x_dim,
+        y_dim,
+        s["z_dim"],
+        s["hidden"],
+        likelihood,
+        s["batch_norm"],
+        s["dropout"],
+        s["threshold"],
+    )
 
 
 def fingerprint(path: str | Path) -> str:
-    """A file's full name and the checksum of its content."""
-    return f"{Path(path).resolve()} (crc32 {zlib.crc32(Path(path).read_bytes()):08x})"
+    """The checksum of a file's content and its full name."""
+    return f"crc32 {zlib.crc32(Path(path).read_bytes()):08x} of {Path(path).resolve()}"
 
 
 def summary(results: dict) -> str:
@@ -1138,7 +1506,8 @@ def summary(results: dict) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Train and evaluate one model as the command line says. Returns the exit code."""
     try:
-        return train_and_evaluate(parse_arguments(argv))
+        args = parse_arguments(argv)
+        return evaluate_saved(args) if args.load else train_and_evaluate(args)
     except BadInput as error:
         print(f"ssvae: {error}", file=sys.stderr)
         return 2
@@ -1150,9 +1519,59 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         argv = [a for a in (sys.argv[1:] if argv is None else argv) if a != "--overwrite"]
-        again = shlex.join(["python", sys.argv[0], *argv, *["--resume"][: "--resume" not in argv]])
-        print(f"\nssvae: interrupted; go on with: {again}", file=sys.stderr)
+        again = ["python", sys.argv[0], *argv]
+        if not {"--resume", "--load"} & set(argv):
+            again.append("--resume")
+        print(f"\nssvae: interrupted; go on with: {shlex.join(again)}", file=sys.stderr)
         return 130
+
+
+def evaluate(model: nn.Module, classify, data: Data, folder: Path | None) -> dict:
+    """The figures of a trained model; pictures to the folder. Only here is the test set read."""
+    if folder:
+        for name, picture in pictures(model, classify, data).items():
+            save_picture(folder / name, picture)
+    return {
+        "valid_error": error_rate(classify, data.x_valid, data.y_valid),
+        "test_error": error_rate(classify, data.x_test, data.y_test),
+        "bound": mean_bound(model, data.x_test, data.likelihood),
+    }
+
+
+def evaluate_saved(args: argparse.Namespace) -> int:
+    """What main() does with --load: as at the end of the run, from its model.pt."""
+    start, device = time.perf_counter(), pick_device(args.device)
+    saved = load_model(args.load, device)
+    s = saved["settings"]
+    given = {"model": args.model, "labels": args.labels, "seed": args.seed}
+    if args.dataset and not args.dataset.endswith(".npz"):
+        given["dataset"] = args.dataset
+    for key, value in given.items():
+        if value is not None and value != s.get(key):
+            raise BadInput(f"--load: {args.load} was trained with {key} {s.get(key)}, not {value}")
+    dataset = s["dataset"]
+    if s["file"]:  # the user's own npz file, maybe elsewhere by now
+        dataset = args.dataset or s["file"].split(" of ", 1)[1]
+        if Path(dataset).is_file() and fingerprint(dataset).split()[1] != s["file"].split()[1]:
+            raise BadInput(f"--load: {args.load} was trained on {s['file']}, not on {dataset}")
+    data = load_data(dataset, args.data_dir, s["labels"], s["seed"], device, saved["pca"])
+    model, classifier = restore(args.load, saved, data)
+    classify = (lambda x: classifier(model.encode(x)[0])) if classifier else model.classify
+    folder = args.out_dir or args.load.parent
+    make_folder(folder)
+    results = s | evaluate(model, classify, data, None if args.no_images else folder)
+    print(summary(results | {"seconds": time.perf_counter() - start}))
+    return 0
+
+
+def make_folder(folder: Path) -> None:
+    """Raises BadInput if that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(
+            f"cannot make {folder} ({error.strerror}); give another --out-dir"
+        ) from error
 
 
 def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, dict | None]:
@@ -1184,60 +1603,70 @@ def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, d
 
 
 def train_and_evaluate(args: argparse.Namespace) -> int:
-    """What main() does when the command line is good."""
+    """What main() does without --load."""
     device = pick_device(args.device)
-    data = load_data(args.dataset, args.data_dir, args.labels, args.seed, device)
-    x_dim = math.prod(data.shape)
+    saved_m1 = load_model(args.m1, device) if args.m1 else None
+    pca = saved_m1["pca"] if args.m1 else None
+    data = load_data(args.dataset, args.data_dir, args.labels, args.seed, device, pca)
 
     # The settings s are the table's, unless the command line says otherwise. All that a result
     # depends on goes into settings, which go into every file and tell one run from another.
-    s = SETTINGS[args.model] | OVERRIDES.get(data.name, {}).get(args.model, {})
-    for name in ("epochs", "batch_size", "lr", "alpha"):
+    overrides = DATASETS.get(data.name, {})
+    s = SETTINGS[args.model] | overrides.get(args.model, {})
+    for name in ("epochs", "batch_size", "lr", "z_dim", "alpha"):
         if getattr(args, name) is not None:
             s[name] = getattr(args, name)
     if device.type != "cpu" and "threshold" in s:
         s["threshold"] = 0.0  # counting the kept pairs would make the host wait at every step
-    s_m1 = SETTINGS["m1"] | OVERRIDES.get(data.name, {}).get("m1", {})
-    s_m1 = s if args.model == "m1" else s_m1
+    s_m1 = s if args.model == "m1" else SETTINGS["m1"] | overrides.get("m1", {})
     s_m1["epochs"] = args.m1_epochs or s_m1["epochs"]
-    m1 = load_m1(args.m1, data, s_m1, device) if args.m1 else None
+    m1 = None
+    if args.m1:  # one of another seed has seen, unlabelled, images that are validation images here
+        s_m1 = saved_m1["settings"]
+        for name, value in (("model", "m1"), ("dataset", data.name)):
+            if s_m1.get(name) != value:
+                raise BadInput(f"--m1 {args.m1} has {name} {s_m1.get(name)}, not {value}")
+        m1, _ = restore(args.m1, saved_m1, data)
+    precision = args.precision
+    if precision == "auto":
+        precision = "bfloat16" if bfloat16_is_faster(device) else "float32"
     settings = {
         "model": args.model,
         "dataset": data.name,
         "file": fingerprint(args.dataset) if data.name.endswith(".npz") else None,
-        "labels": args.labels,
+        "labels": len(data.x_l),
         "seed": args.seed,
         "device": device.type,
+        "precision": precision,
         "m1": fingerprint(args.m1) if args.m1 else None,
         "alpha": None,
         **s,
     }
     if args.model == "m1":
         settings["classifier"] = args.classifier or "tsvm"
-    if args.model == "m1+m2" and not args.m1:
-        settings |= {"m1_" + name: value for name, value in s_m1.items()}
+    if args.model == "m1+m2":
+        settings |= {"m1_" + name: s_m1[name] for name in SETTINGS["m1"]}
     settings = json.loads(json.dumps(settings))  # tuples become lists, as they will in the files
 
     # What is in the folder already?
-    name = f"{args.model}-{data.name}-{args.labels}-{args.seed}"
+    name = f"{args.model}-{data.name}-{len(data.x_l)}-{args.seed}"
     folder = args.out_dir or Path("runs") / name
     results, saved = find_run(folder, settings, args, device)
     if results:
         print(summary(results))
         print(f"This run is finished, in {folder}; --overwrite trains it afresh.")
         return 0
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if args.overwrite:
-            for name in ("results.json", "checkpoint.pt", "model.pt", "log.csv"):
+    make_folder(folder)
+    if args.overwrite:
+        for name in ("results.json", "checkpoint.pt", "model.pt", "log.csv", *PICTURES):
+            try:
                 (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise BadInput(
-            f"cannot make {folder} ({error.strerror}); give another --out-dir"
-        ) from error
+            except OSError as error:
+                raise BadInput(f"cannot remove {folder / name} ({error.strerror})") from error
 
     # Train: M1 where the model has one, then M1's classifier or M2.
-    run = Run(folder, settings, saved)
+    run = Run(folder, settings, saved, images=not args.no_images)
+    x_dim, classifier = data.x_test.shape[1], None
     if args.model != "m2":
         images = torch.cat([data.x_l, data.x_u])
         if m1 is None:
@@ -1247,56 +1676,43 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
 
             def nearest(x):  # needs no training: for the progress lines
                 z_l = m1.encode(pixels(data.x_l))[0]
-                return KNN(z_l, data.y_l, data.y_dim)(m1.encode(x)[0])
+                return KNN(z_l, F.one_hot(data.y_l, data.y_dim).float(), 1)(m1.encode(x)[0])
 
             run.begin("m1", s_m1["epochs"])
             if not (saved and saved["stage"] == "m1+m2"):
                 train(m1, no_labels, s_m1, run, nearest)
+    torch.manual_seed(args.seed)
     if args.model == "m1":
-        torch.manual_seed(args.seed)
-        z_l, z_u = features(m1, data.x_l), features(m1, images)
+        z = features(m1, images)
         if settings["classifier"] == "knn":
-            classifier = KNN(z_l, data.y_l, data.y_dim)
+            votes = F.one_hot(data.y_l, data.y_dim).float()
+            classifier = KNN(z[: len(votes)], votes, k=1)
         else:
-            classifier = fit_tsvm(z_l, data.y_l, z_u, data.y_dim)
+            classifier = tsvm(z, data.y_l, data.y_dim)
         model, classify = m1, lambda x: classifier(m1.encode(x)[0])
     else:
-        likelihood, m2_dim = data.likelihood, x_dim
-        if args.model == "m1+m2":
+        if args.model == "m2":
+            model = new_m2(s, x_dim, data.y_dim, data.likelihood).to(device)
+        else:
             resumed = saved and saved["stage"] == "m1+m2"
             active = saved["model"]["active"] if resumed else active_dimensions(m1, images)
-            likelihood, m2_dim = "gaussian", len(active)
-        torch.manual_seed(args.seed)
-        m2 = M2(
-            m2_dim,
-            data.y_dim,
-            s["z_dim"],
-            s["hidden"],
-            likelihood,
-            s["batch_norm"],
-            s["dropout"],
-            s["threshold"],
-        )
-        model = (m2 if args.model == "m2" else M1M2(m1, m2, active)).to(device)
+            m2 = new_m2(s, len(active), data.y_dim, "gaussian")
+            model = M1M2(m1, m2, active).to(device)
         run.begin(args.model, s["epochs"])
         train(model, data, s, run)
         classify = model.classify
 
-    # Evaluate. This is the only place where the test set is read.
     results = {
         **settings,
         "torch": torch.__version__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "images_per_second": run.rows[-1]["images_per_second"] if run.rows else None,
-        "valid_error": error_rate(classify, data.x_valid, data.y_valid),
-        "test_error": error_rate(classify, data.x_test, data.y_test),
-        "bound": mean_bound(model, data.x_test, data.likelihood),
+        **evaluate(model, classify, data, None if args.no_images else folder),
         "seconds": run.seconds(),
     }
-    weights = {"settings": settings, "model": model.state_dict()}
-    if args.model == "m1":
-        weights["classifier"] = classifier.state_dict()
     run.write_log()
+    weights = {"settings": settings, "model": model.state_dict(), "pca": data.pca}
+    weights["classifier"] = classifier and classifier._asdict()
     save_torch(folder / "model.pt", weights)
     write_file(folder / "results.json", json.dumps(results, indent=2).encode())
     (folder / "checkpoint.pt").unlink(missing_ok=True)

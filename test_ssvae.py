@@ -21,7 +21,7 @@ import torch.distributions as D
 import torch.nn.functional as F
 
 import ssvae
-from ssvae import M1, M1M2, M2, TSVM
+from ssvae import KNN, M1, M1M2, M2
 
 HERE = Path(__file__).parent
 DRAWS = 40_000  # of z, where an expectation is compared with an integral
@@ -257,14 +257,17 @@ def test_eq8_eq9_J_alpha_against_a_loop_over_points(fixed_noise):
 
 
 def test_objective_is_J_alpha_once_the_ramp_is_over(fixed_noise):
-    """The ramp changes nothing after s["ramp"]; at t = 0 only labels count."""
+    """The ramp changes nothing after s["ramp"]; at t = 0 only labels and the balance count. The
+    balance is torch.distributions' KL from p(y) to the mean of q(y|x)."""
     m2 = small_m2()
     x, y = (torch.rand(3, 6) < 0.5).float(), torch.tensor([0, 1, 2])
-    s = {"alpha": 0.7, "ramp": 0.5}
+    s = {"alpha": 0.7, "ramp": 0.5, "balance": 0.3}
+    p, mean_q = D.Categorical(logits=torch.zeros(3)), D.Categorical(m2.q_y(x).softmax(-1).mean(0))
+    balance = 0.3 * D.kl_divergence(p, mean_q)
     for t in (0.5, 0.9):
-        oracle = m2.J_alpha(x, y, x, 0.5, 0.7)
+        oracle = m2.J_alpha(x, y, x, 0.5, 0.7) + balance
         torch.testing.assert_close(m2.objective(x, y, x, 0.5, t, s), oracle)
-    start = 0.5 * m2.L(x, y).mean() + 0.7 * F.cross_entropy(m2.q_y(x), y)
+    start = 0.5 * m2.L(x, y).mean() + 0.7 * F.cross_entropy(m2.q_y(x), y) + balance
     torch.testing.assert_close(m2.objective(x, y, x, 0.5, 0.0, s), start)
 
 
@@ -303,7 +306,7 @@ def test_losses_and_gradients_stay_finite(fill, size, bf16):
     """All-black and all-white images, tiny minibatches, certain classifiers, both precisions."""
     torch.manual_seed(0)
     x, y = torch.full((size, 20), fill), torch.arange(size) % 2
-    s = {"alpha": 1.0, "ramp": 0.0}
+    s = {"alpha": 1.0, "ramp": 0.0, "balance": 1.0}
     m1, m2 = M1(20, 3, (8,)), M2(20, 2, 3, (8,), threshold=0.01)
     m2.q_y[-1].bias.data = torch.tensor([1e4, -1e4])
     stack = M1M2(M1(20, 3, (8,)), M2(3, 2, 1, (8,), likelihood="gaussian"), torch.arange(3)).train()
@@ -336,7 +339,7 @@ def test_shapes_and_settings_at_random(seed):
     assert (ssvae.kl_gaussian(mu, logvar) >= 0).all()
     if likelihood == "bernoulli":  # probabilities: every term of the bound is a cost
         assert (m1.J(x) > 0).all() and (m2.L(x, y) > 0).all()
-    s = {"alpha": 1.0, "ramp": 0.5}
+    s = {"alpha": 1.0, "ramp": 0.5, "balance": 1.0}
     for model in (m1, m2):
         model.objective(x, y, x, 0.5, float(rng.random()), s).backward()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
@@ -345,50 +348,62 @@ def test_shapes_and_settings_at_random(seed):
 # ---- classifiers on M1's features ----------------------------------------------------------------
 
 
-def test_knn_against_numpy():
-    z_l, y_l, z = torch.randn(30, 4), torch.randint(3, (30,)), torch.randn(50, 4)
-    votes = ssvae.KNN(z_l, y_l, 3, k=5)(z).numpy()
+@pytest.mark.parametrize("n", [3, 30, 2003])
+def test_knn_against_numpy(n):
+    """Neighbours and votes against a full sort of all distances."""
+    points, y, z = torch.randn(n, 4), torch.randint(3, (n,)), torch.randn(50, 4)
+    votes = KNN(points, F.one_hot(y, 3).float(), k=5)(z).numpy()
     for i in range(50):
-        nearest = np.argsort(((z_l - z[i]) ** 2).sum(1).numpy())[:5]
-        assert (votes[i] == np.bincount(y_l[nearest].numpy(), minlength=3)).all()
+        nearest = np.argsort(((points - z[i]) ** 2).sum(1).numpy())[:5]
+        assert (ssvae.nearest(z, points, 5)[i].numpy() == nearest).all()
+        share = np.bincount(y[nearest].numpy(), minlength=3) / min(n, 5)
+        assert np.allclose(votes[i], share)
 
 
-def test_tsvm_loss_against_loops_and_enumeration():
-    """The unlabelled hinge is the least over all labels; the rest is summed in plain Python."""
-    torch.manual_seed(0)
-    svm = scrambled(TSVM(2, 3, features=50), scale=2.0)
-    z_l, z_u, y_l = torch.randn(6, 2), torch.randn(10, 2), torch.tensor([0, 1, 2] * 2)
-
-    def hinge(f, y):
-        return sum(max(0.0, 1 - (1 if k == y else -1) * float(f[k])) ** 2 for k in range(3))
-
-    f_l, f_u = svm(z_l).detach(), svm(z_u).detach()
-    total = sum(hinge(f, y) for f, y in zip(f_l, y_l)) / 6
-    total += 0.5 * sum(min(hinge(f, y) for y in range(3)) for f in f_u) / 10
-    total += 2.0 * sum(float(f_u[:, k].mean() - f_l[:, k].mean()) ** 2 for k in range(3))
-    total += 0.05 * sum(float(w) ** 2 for w in svm.linear.weight.detach().flatten())
-    assert svm.loss(z_l, y_l, z_u, r=0.5, b=2.0, c=0.1).item() == pytest.approx(total, rel=1e-4)
+def test_svm_step_is_the_minimum():
+    """Against a search over a fine grid of f."""
+    f = torch.linspace(-4, 4, 80_001, dtype=torch.float64)
+    for m in (-2.0, -0.4, 0.3, 1.0, 1.7):
+        for t in (-1.0, 1.0):
+            for a in (0.1, 3.0):
+                cost = (f - m) ** 2 + a * (1 - t * f).clamp_min(0) ** 2
+                step = ssvae.svm_step(torch.tensor(m), torch.tensor(t), a)
+                assert step.item() == pytest.approx(f[cost.argmin()].item(), abs=2e-4)
 
 
-def test_tsvm_features_approximate_the_gaussian_kernel():
-    torch.manual_seed(0)
-    svm, z = TSVM(3, 2, width=1.5, features=20_000), torch.randn(10, 3)
-    phi = (2 / 20_000) ** 0.5 * torch.cos(z @ svm.W + svm.u)
-    kernel = torch.exp(-(torch.cdist(z, z) ** 2) / (2 * 1.5**2))
-    torch.testing.assert_close(phi @ phi.T, kernel, atol=0.04, rtol=0)
+def test_hinge_is_least_for_the_class_of_the_largest_score():
+    """The min over y of an unlabelled point's hinge, by enumeration of all y."""
+    for f in 2 * torch.randn(200, 4):
+        hinge = [
+            sum(max(0.0, 1 - (1 if k == y else -1) * float(f[k])) ** 2 for k in range(4))
+            for y in range(4)
+        ]
+        assert np.argmin(hinge) == f.argmax()
 
 
 def test_tsvm_uses_unlabelled_points():
-    """Two long clusters with a gap between, labelled at opposite ends: only z_u shows the gap."""
+    """Two long clusters with a gap between, labelled at opposite ends: only the others show it."""
     torch.manual_seed(0)
     n, y = 500, torch.arange(1000) % 2
     z = torch.stack([3 * torch.rand(2 * n) - 1.5, 2.0 * y - 1 + 0.15 * torch.randn(2 * n)], 1)
     ends = torch.where(y == 0, z[:, 0] < -0.5, z[:, 0] > 0.5).nonzero().squeeze(1)[:20]
-    z_l, y_l = z[ends] * torch.tensor([1.0, 0.3]), y[ends]  # and closer to the other cluster
-    nearest = ssvae.KNN(z_l, y_l, 2)(z).argmax(1)
-    transductive = ssvae.fit_tsvm(z_l, y_l, z, 2, steps=600, batch_size=500)(z).argmax(1)
-    assert (nearest != y).float().mean() > 0.15
-    assert (transductive != y).float().mean() < 0.05
+    order = torch.cat([ends, torch.arange(2 * n)[~torch.isin(torch.arange(2 * n), ends)]])
+    z, y = z[order], y[order]
+    far = (z[:20] * torch.tensor([1.0, 0.3]), F.one_hot(y[:20], 2).float(), 1)
+    assert (KNN(*far)(z).argmax(1) != y).float().mean() > 0.15
+    svm = ssvae.tsvm(z, y[:20], 2)
+    assert (svm(z).argmax(1) != y).float().mean() < 0.02
+    assert torch.equal(svm.votes[:20].argmax(1), y[:20])
+    share = (svm.votes.argmax(1) == 0).float().mean()
+    assert 0.4 < share < 0.6
+
+
+def test_tsvm_leaves_points_without_a_labelled_neighbour_undecided():
+    """A cluster that no label can reach keeps the score of no class."""
+    torch.manual_seed(0)
+    z = torch.cat([torch.randn(40, 2), 50 + torch.randn(20, 2)])
+    svm = ssvae.tsvm(z, torch.tensor([0, 1]), 2, k=5)
+    assert (svm.votes[40:] == -1).all() and (svm.votes[:40] > -1).any(1).all()
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -436,7 +451,7 @@ def test_glyphs_are_reproducible_and_not_solved_by_100_labels():
     assert x.shape == (4000, 28, 28) and x.dtype == torch.uint8
     assert np.array_equal(ssvae.glyphs(4000)[0], x) and sorted(set(y.tolist())) == list(range(10))
     x = x.flatten(1) / 255
-    knn = ssvae.KNN(x[:100], y[:100], 10)
+    knn = KNN(x[:100], F.one_hot(y[:100], 10).float(), 1)
     assert ssvae.error_rate(knn, x[1000:], y[1000:]) > 30
 
 
@@ -456,7 +471,11 @@ def test_npz_formats(tmp_path, small):
         assert data.likelihood == likelihood
         assert (len(data.x_l), len(data.x_u), len(data.x_valid)) == (6, 44, 10)
         first = np.moveaxis(x.reshape(60, 5, 4, -1)[0], -1, 0).ravel()  # channels first
-        assert np.allclose(data.x_test[0].numpy(), first)
+        if likelihood == "gaussian":
+            first = (
+                (first - data.pca["mean"].numpy()) @ data.pca["V"].numpy() / data.pca["sd"].numpy()
+            )
+        assert np.allclose(data.x_test[0].numpy(), first, atol=1e-5)
         run("--dataset", path, "--labels", 6, "--epochs", 1, "--out-dir", tmp_path / likelihood,
             "--overwrite")  # fmt: skip
 
@@ -478,6 +497,256 @@ def test_damaged_npz_files_are_not_read_silently(small, tmp_path):
         except ssvae.BadInput:
             continue
         assert all(np.array_equal(a, b) for a, b in zip(arrays, whole, strict=True)), place
+
+
+def test_principal_components():
+    """Against NumPy's SVD; the mean squared error of the way back is the variance dropped."""
+    g = torch.Generator().manual_seed(0)
+    mixing = torch.randn(12, 12, generator=g) * 0.5 ** torch.arange(12)
+    x = (0.5 + 0.05 * torch.randn(400, 12, generator=g) @ mixing.T).clamp(0, 1)
+    pca = ssvae.principal_components(x, share=0.95)
+    mean = x.numpy().mean(0)
+    _, singular, V = np.linalg.svd(x.numpy() - mean, full_matrices=False)
+    variance = singular**2 / 400
+    d = int(np.searchsorted(variance.cumsum() / variance.sum(), 0.95)) + 1
+    assert pca["V"].shape == (12, d) and 1 < d < 12
+    overlap = np.abs(V[:d] @ pca["V"].numpy())  # the same directions, up to their sign
+    assert np.allclose(overlap, np.eye(d), atol=1e-3)
+    z = ssvae.project(x, pca)
+    assert torch.allclose(z.T @ z / 400, torch.eye(d), atol=1e-3)
+    error = (ssvae.unproject(z, pca) - x).square().sum(1).mean()
+    assert np.isclose(error, variance[d:].sum(), rtol=1e-2)
+    byte = (255 * x).to(torch.uint8)
+    assert torch.allclose(ssvae.project(byte, pca), ssvae.project(byte / 255, pca))
+    flat = ssvae.principal_components(torch.full((9, 4), 0.5))  # images that are all alike
+    assert ssvae.project(torch.full((9, 4), 0.5), flat).isfinite().all()
+
+
+def tiny_images(n, size, K, channels=1, seed=0):
+    """n images [n, channels, size, size] of K classes, told apart by a bright bar, and labels."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % K
+    x = rng.integers(0, 100, (n, channels, size, size))
+    for k in range(K):
+        width = size // K
+        x[y == k, :, :, k * width : (k + 1) * width] += 150
+    return x.astype(np.uint8), y
+
+
+def write_svhn(folder, monkeypatch, n=120):
+    """SVHN's two files in their format: X [32, 32, 3, n], y [n, 1] in 1..10, 10 for the digit 0."""
+    import hashlib
+
+    from scipy.io import savemat
+    from torchvision.datasets import SVHN
+
+    folder.mkdir(exist_ok=True)
+    known, written = dict(SVHN.split_list), []
+    for seed, part in enumerate(("train", "test")):
+        x, y = tiny_images(n, 32, 10, channels=3, seed=seed)
+        path = folder / f"{part}_32x32.mat"
+        savemat(path, {"X": x.transpose(2, 3, 1, 0), "y": np.where(y == 0, 10, y)[:, None]})
+        md5 = hashlib.md5(path.read_bytes()).hexdigest()  # torchvision insists on it
+        known[part] = [known[part][0], path.name, md5]
+        written += [x, y]
+    monkeypatch.setattr(SVHN, "split_list", known)
+    return written
+
+
+def norb_bytes(array, **changes):
+    """An array in NORB's format: magic number, number of sizes, three or more sizes, the data."""
+    magic = 0x1E3D4C55 if array.dtype == np.uint8 else 0x1E3D4C54
+    sizes = list(array.shape) + [1] * (3 - array.ndim)
+    header = [changes.get("magic", magic), array.ndim, *changes.get("sizes", sizes)]
+    return np.array(header, "<i4").tobytes() + array.tobytes()
+
+
+def write_norb(folder, n=60, zipped=True):
+    """Small NORB's four files of images and labels, gzipped or not. Returns what is in them."""
+    import gzip
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for seed, stem in enumerate(("46789x9x18x6x2x96x96-training", "01235x9x18x6x2x96x96-testing")):
+        x, y = tiny_images(n, 96, 5, channels=2, seed=seed)
+        for kind, array in (("dat", x), ("cat", y.astype("<i4"))):
+            content, name = norb_bytes(array), f"smallnorb-5x{stem}-{kind}.mat"
+            if zipped:
+                content, name = gzip.compress(content, 1), name + ".gz"
+            (folder / name).write_bytes(content)
+        written += [x, y]
+    return written
+
+
+def test_svhn_is_read_as_written(tmp_path, monkeypatch):
+    """x as it was, y 10 read as 0; the 1000 labels of the paper are the default."""
+    written = write_svhn(tmp_path, monkeypatch)
+    arrays = ssvae.load_known("svhn", tmp_path)
+    assert all(np.array_equal(a, b) for a, b in zip(arrays, written, strict=True))
+    data = ssvae.load_data("svhn", tmp_path, 10, 0, "cpu")
+    assert (data.shape, data.y_dim, data.likelihood) == ((3, 32, 32), 10, "gaussian")
+    with pytest.raises(ssvae.BadInput, match="--labels 1000"):
+        ssvae.load_data("svhn", tmp_path, None, 0, "cpu")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_norb_is_read_as_written(tmp_path, zipped):
+    """The left camera's images, each pixel the mean of 3 x 3, by a loop; labels as they were."""
+    x_train, y_train, x_test, y_test = write_norb(tmp_path / "norb", zipped=zipped)
+    arrays = ssvae.load_known("norb", tmp_path)
+    assert np.array_equal(arrays[1], y_train) and np.array_equal(arrays[3], y_test)
+    for array, x in ((arrays[0], x_train), (arrays[2], x_test)):
+        assert array.shape == (60, 1, 32, 32)
+        for n, i, j in ((0, 0, 0), (59, 31, 31), (7, 3, 20)):
+            square = x[n, 0, 3 * i : 3 * i + 3, 3 * j : 3 * j + 3]
+            assert np.isclose(array[n, 0, i, j], square.mean() / 255)
+
+
+@pytest.mark.parametrize("dataset", ["svhn", "norb"])
+@pytest.mark.parametrize("model", ["m1", "m2", "m1+m2"])
+def test_continuous_images_train(tmp_path, monkeypatch, dataset, model):
+    """An epoch of each model, its pictures, and the saved model evaluated to the same figures."""
+    write_svhn(tmp_path, monkeypatch) if dataset == "svhn" else write_norb(tmp_path / "norb")
+    options = ("--model", model, "--dataset", dataset, "--data-dir", tmp_path, "--labels", 20)
+    more = ("--m1-epochs", 1) if model == "m1+m2" else ()
+    out = tmp_path / "out"
+    run(*options, *more, "--epochs", 1, "--batch-size", 20, "--out-dir", out)
+    results = json.loads((out / "results.json").read_text())
+    assert np.isfinite(results["bound"])
+    again = ssvae.load_model(out / "model.pt", "cpu")
+    data = ssvae.load_data(dataset, tmp_path, 20, 0, "cpu", again["pca"])
+    restored, _ = ssvae.restore(out / "model.pt", again, data)
+    assert ssvae.mean_bound(restored, data.x_test, data.likelihood) == results["bound"]
+    assert (out / "samples.png").stat().st_size > 1000
+
+
+def test_damaged_norb_and_svhn_files_are_named(tmp_path, monkeypatch, capsys):
+    """Truncated, wrong magic number, wrong sizes, wrong labels, unreadable: code 2, one line."""
+    folder, dat = tmp_path / "norb", "smallnorb-5x46789x9x18x6x2x96x96-training-dat.mat"
+    x, y, *_ = write_norb(folder, zipped=False)
+    cat, good_dat, labels = dat.replace("dat", "cat"), norb_bytes(x), y.astype("<i4")
+    bad = [
+        (dat, good_dat[:-1]), (dat, good_dat[:3]), (dat, b""), (dat, good_dat + b"x"),
+        (dat, norb_bytes(x, magic=7)), (dat, norb_bytes(x, sizes=[60, 2, 96, 95])),
+        (dat, norb_bytes(x, sizes=[120, 1, 96, 96])), (dat, norb_bytes(labels)),
+        (cat, norb_bytes(labels + 1)), (cat, norb_bytes(labels - 1)), (cat, norb_bytes(labels[1:])),
+        (cat, norb_bytes(labels)[:-2]),
+    ]  # fmt: skip
+    for name, content in bad:
+        good = (folder / name).read_bytes()
+        (folder / name).write_bytes(content)
+        run("--dataset", "norb", "--data-dir", tmp_path, "--labels", 20, code=2)
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and name in err, (name, content[:30], err)
+        (folder / name).write_bytes(good)
+    zipped = tmp_path / "zipped" / "norb"
+    write_norb(zipped)
+    (zipped / (dat + ".gz")).write_bytes((zipped / (dat + ".gz")).read_bytes()[:-500])
+    run("--dataset", "norb", "--data-dir", zipped.parent, "--labels", 20, code=2)
+    assert dat in capsys.readouterr().err
+
+    write_svhn(tmp_path / "svhn", monkeypatch)
+    file = tmp_path / "svhn" / "test_32x32.mat"
+    file.write_bytes(
+        file.read_bytes()[:-100]
+    )  # not the known md5: torchvision wants to download it
+    run("--dataset", "svhn", "--data-dir", tmp_path / "svhn", "--labels", 20, code=2)
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1 and "test_32x32.mat" in err[0]
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+
+def test_mosaic_puts_every_image_in_its_place():
+    """Rows and columns of single-coloured images: the pixel in the middle of each tile."""
+    images = torch.arange(6.0).view(2, 3, 1).expand(2, 3, 48) / 5
+    for shape, breaks in (((1, 8, 6), ()), ((3, 4, 4), (1,))):
+        page = np.array(ssvae.mosaic(images, shape, breaks=breaks))
+        scale = 60 // max(shape[1:])
+        for r in range(2):
+            for c in range(3):
+                top = 4 + r * (scale * shape[1] + 4)
+                left = 4 + c * (scale * shape[2] + 4) + 12 * sum(c >= b for b in breaks)
+                tile = page[top : top + scale * shape[1], left : left + scale * shape[2]]
+                assert (tile == round(255 * images[r, c, 0].item())).all()
+        assert (page[:4] == 255).all() and (page[-4:] == 255).all()
+
+
+def test_pictures_show_what_they_say(small, tmp_path):
+    """styles.png only for two dimensions; analogies begin with test images; mistakes are wrong."""
+    data = ssvae.load_data(str(small), tmp_path, 10, 0, "cpu")
+    torch.manual_seed(0)
+    for z_dim in (2, 3):
+        m2 = M2(784, 10, z_dim, (8,)).eval()
+        found = ssvae.pictures(m2, m2.classify, data)
+        assert ("styles.png" in found) == (z_dim == 2)
+        analogies = np.array(found["analogies.png"])
+        for k in range(10):
+            image = data.x_test[data.y_test == k][0].view(28, 28)
+            tile = analogies[4 + 60 * k : 60 + 60 * k : 2, 4:60:2, 0]
+            assert np.array_equal(tile, image.numpy())
+
+    def classify(x):  # perfect but for one image, of class 3 and called 7
+        y = data.y_test[len(seen) * 1000 :][: len(x)]
+        seen.append(len(x))
+        scores = F.one_hot(y, 10).float()
+        where = (y == 3).nonzero()[0, 0]
+        scores[where] = 0
+        scores[where, 7] = 1
+        return scores
+
+    seen = []
+    mistakes = ssvae.pictures(m2, classify, data)["mistakes.png"]
+    wrong = data.x_test[(data.y_test == 3).nonzero()[0, 0]].view(28, 28)
+    assert mistakes.width == 64 and np.array_equal(np.array(mistakes)[4:60:2, 4:60:2, 0], wrong)
+    assert "mistakes.png" not in ssvae.pictures(m2, lambda x: F.one_hot(data.y_test, 10), data)
+
+
+def test_curves_rise_where_the_values_do():
+    """The line's height follows the values: top and bottom of the panels, one row and many."""
+    stages = ["m1"] * 5 + ["m1+m2"] * 15
+    rows = [
+        {"stage": stage, "epoch": i + 1, "bound": -100.0 + i, "valid_error": 50.0 - i}
+        for i, stage in enumerate(stages)
+    ]
+    page = np.array(ssvae.curves(rows)).astype(int)
+    navy = (page[..., 2] > page[..., 0] + 60) & (page[..., 0] < 60)
+    for left, sign in ((80, -1), (570, 1)):
+        panel = navy[46:305, left + 1 : left + 360]
+        heights = [np.nonzero(column)[0].mean() for column in panel.T if column.any()]
+        assert sign * (heights[-1] - heights[0]) > 200
+    ssvae.curves(rows[:1])
+
+
+def test_load_evaluates_and_redraws(small, tmp_path, capsys):
+    """--load gives the run's own figures, restores a deleted picture, and contradicts nothing."""
+    for model in MODELS:
+        out = tmp_path / model
+        run(*quick(model), "--dataset", small, "--out-dir", out)
+        results = json.loads((out / "results.json").read_text())
+        before = (out / "mistakes.png").read_bytes()
+        (out / "mistakes.png").unlink()
+        capsys.readouterr()
+        run("--load", out / "model.pt")
+        assert (out / "mistakes.png").read_bytes() == before
+        line = capsys.readouterr().out
+        assert f"test error {results['test_error']:.2f} %" in line
+        assert f"bound {results['bound']:.2f} nats" in line
+    run("--load", out / "model.pt", "--no-images", "--model", "m1+m2", "--dataset", small)
+    other = tmp_path / "other.npz"
+    np.savez(other, **{**np.load(small), "y_test": np.zeros(600, dtype=int)})
+    for wrong in (
+        ("--model", "m2"), ("--labels", 50), ("--seed", 3), ("--epochs", 3), ("--dataset", "mnist"),
+        ("--dataset", other), ("--resume",), ("--m1", out / "model.pt"),
+    ):  # fmt: skip
+        run("--load", out / "model.pt", *wrong, code=2)
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_no_images(small, tmp_path):
+    run(*quick("m2"), "--dataset", small, "--out-dir", tmp_path, "--no-images")
+    assert not list(tmp_path.glob("*.png"))
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -733,7 +1002,8 @@ def test_command_good_and_bad(small, tmp_path):
     assert good.returncode == 0, good.stderr
     assert "test error" in good.stdout.splitlines()[-2] and good.stdout.count("epoch") == 4
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "log.csv", "model.pt", "results.json"]  # fmt: skip
+        "analogies.png", "curves.png", "log.csv", "mistakes.png", "model.pt",
+        "reconstructions.png", "results.json", "samples.png"]  # fmt: skip
     cases = [("--dataset", "nothing"), ("--dataset", tmp_path / "no.npz"), ("--labels", "x")]
     if not torch.cuda.is_available():
         cases.append(("--dataset", small, "--device", "cuda"))
@@ -890,7 +1160,7 @@ def test_classes_can_be_pasted_elsewhere():
     )
     imports += "\nimport torch.nn.functional as F\n"
     x, y = (torch.rand(50, 20) < 0.5).float(), torch.arange(50) % 2
-    s = {"alpha": 1.0, "ramp": 0.0}
+    s = {"alpha": 1.0, "ramp": 0.0, "balance": 1.0}
     for pasted, make in (
         (m1, "M1(20, 3, (8,))"),
         (m2, "M2(20, 2, 3, (8,))"),
