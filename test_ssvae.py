@@ -1,16 +1,21 @@
 """Tests of ssvae.py: its mathematics against independent oracles, its data, training and commands.
 
-    python -m pytest -q test_ssvae.py
+    python -m pytest -q test_ssvae.py   runs the tests
+    python test_ssvae.py                prints how fast training is here (a few minutes)
 
 Tests on real MNIST need SSVAE_DATA_DIR, a torchvision root, and are skipped without it.
 """
 
+import contextlib
 import csv
+import io
 import json
 import os
 import pickle
 import subprocess
 import sys
+import tempfile
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -1179,3 +1184,150 @@ def test_classes_can_be_pasted_elsewhere():
             optimizer.step()
             losses.append(loss.item())
         assert sum(losses[-20:]) < sum(losses[:20])
+
+
+# ---- the benchmark: python test_ssvae.py --------------------------------------------------------
+
+
+def seconds(f, repeat=15):
+    """Median time of a call, after a few to warm up."""
+    times = []
+    for _ in range(repeat + 3):
+        start = time.perf_counter()
+        f()
+        if ssvae.pick_device("auto").type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[3:]))
+
+
+def trainable(model):
+    """A model with its settings and made-up data: (model, settings, step function)."""
+    device = ssvae.pick_device("auto")
+    bf16 = ssvae.bfloat16_is_faster(device)
+    s = dict(ssvae.SETTINGS[model])
+    x = (torch.rand(600, 784, device=device) < 0.2).float()
+    y = torch.arange(100, device=device) % 10
+    if model == "m1":
+        net = M1(784, s["z_dim"], s["hidden"])
+    else:
+        net = ssvae.new_m2(s, *((784, 10, "bernoulli") if model == "m2" else (30, 10, "gaussian")))
+        with torch.no_grad():
+            net.q_y[-1].bias[0] = 30.0  # sure of itself, as after some epochs: one label an image
+        if model == "m1+m2":
+            net = M1M2(M1(784), net, torch.arange(30))
+    net = net.to(device).train()
+    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], fused=True)
+    x_l, x_u = (x[:0], x[:500]) if model == "m1" else (x[:100], x[100:])
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = net.objective(x_l, y[: len(x_l)], x_u, 0.002, 0.9, s)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return net, step
+
+
+def bare_products(net):
+    """The matrix products of one training step alone: forward, and both backward where needed."""
+    dtype = torch.float32
+    device = next(net.parameters()).device
+    if ssvae.bfloat16_is_faster(device):
+        dtype = torch.bfloat16
+    shapes = []  # rows, inputs, outputs, whether it is trained, whether its input needs a gradient
+    hooks = [
+        layer.register_forward_hook(
+            lambda layer, x, _: shapes.append(
+                (len(x[0]), *layer.weight.T.shape, layer.weight.requires_grad, x[0].requires_grad)
+            )
+        )
+        for layer in net.modules()
+        if isinstance(layer, torch.nn.Linear)
+    ]
+    return shapes, hooks, dtype, device
+
+
+def benchmark_steps():
+    print("\nA training step beside the bare matrix products it needs (same shapes and type):")
+    print(f"{'model':8}{'step, ms':>10}{'products, ms':>14}{'ratio':>8}{'images/s':>12}")
+    for model in MODELS:
+        net, step = trainable(model)
+        shapes, hooks, dtype, device = bare_products(net)
+        step()
+        for hook in hooks:
+            hook.remove()
+        operands = []
+        for rows, inputs, outputs, trained, needs in shapes:
+            x, w, g = (
+                torch.randn(*size, device=device, dtype=dtype)
+                for size in ((rows, inputs), (inputs, outputs), (rows, outputs))
+            )
+            operands.append((x, w, g, trained, needs))
+
+        def products(operands=operands):
+            for x, w, g, trained, needs in operands:
+                x @ w
+                if trained:
+                    x.T @ g
+                if needs:
+                    g @ w.T
+
+        whole, bare = seconds(step), seconds(products)
+        print(
+            f"{model:8}{1e3 * whole:10.1f}{1e3 * bare:14.1f}{whole / bare:8.2f}{500 / whole:12,.0f}"
+        )
+
+
+def epoch_seconds(x, y, out, epochs, *options):
+    """Mean time of M2's epochs after the first, on these images, by the command itself."""
+    path = out / "images.npz"
+    np.savez(path, x_train=x, y_train=y, x_test=x[:1000], y_test=y[:1000])
+    table = ssvae.SETTINGS["m2"] | {k: v for k, v in options if k in ssvae.SETTINGS["m2"]}
+    before, ssvae.SETTINGS["m2"] = ssvae.SETTINGS["m2"], table
+    labels = dict(options).get("labels", 3000)
+    args = ["--dataset", path, "--labels", labels, "--epochs", epochs, "--out-dir", out / "run"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        run(*args, "--overwrite", "--no-images")
+    ssvae.SETTINGS["m2"] = before
+    rows = list(csv.DictReader((out / "run" / "log.csv").open()))
+    return float(np.mean([float(row["seconds"]) for row in rows[1:]]))
+
+
+def benchmark_epochs(out):
+    n = 60_000
+    if os.environ.get("SSVAE_DATA_DIR"):
+        x, y, *_ = ssvae.load_known("mnist", Path(os.environ["SSVAE_DATA_DIR"]))
+        name, x = "MNIST", x[:, 0]
+    else:
+        name, (x, y) = "glyphs", ssvae.glyphs(n)
+    print(f"\nAn epoch of M2 on {name}, 50,000 images, 3000 labels, mean of epochs 2 to 10:")
+    all_labels = epoch_seconds(x, y, out, 10, ("threshold", 0.0))
+    kept = epoch_seconds(x, y, out, 10)
+    for what, t in (("default threshold", kept), ("threshold 0", all_labels)):
+        print(f"{what:20}{t:8.2f} s {50_000 / t:10,.0f} images/s")
+    print(f"{'ratio':20}{all_labels / kept:8.2f}")
+    print("\nAn epoch of M2, by number of images (mean of epochs 2 to 6, 1000 labels):")
+    for n in (12_000, 24_000, 60_000):  # of which a sixth are validation images
+        t = epoch_seconds(x[:n], y[:n], out, 6, ("labels", 1000))
+        print(f"{n * 5 // 6:20,}{t:8.2f} s {n * 5 / 6 / t:10,.0f} images/s")
+    print("\nAn epoch of M2 by number of classes K (24,000 images, mean of epochs 4 to 10):")
+    ten = epoch_seconds(x[:24_000], y[:24_000], out, 10, ("labels", 1000))
+    fine = y[:24_000] * 10 + np.arange(24_000) % 10  # ten arbitrary parts of every class
+    # the parts are told apart by a bright corner, so that there is something to learn
+    marked = x[:24_000].copy()
+    for part in range(10):
+        marked[fine % 10 == part, :3, part * 2 : part * 2 + 3] = 255
+    hundred = epoch_seconds(marked, fine, out, 10, ("labels", 1000))
+    for what, t in (("K = 10", ten), ("K = 100", hundred), ("ratio", hundred / ten)):
+        print(f"{what:20}{t:8.2f}")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, "
+          f"bfloat16 {ssvae.bfloat16_is_faster(ssvae.pick_device('auto'))}")  # fmt: skip
+    benchmark_steps()
+    with tempfile.TemporaryDirectory() as folder:
+        benchmark_epochs(Path(folder))
