@@ -1381,7 +1381,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="mnist, fashion, svhn, norb, glyphs (built in), a file PATH.npz with x_train, "
         "y_train, x_test, y_test, or auto (default): mnist, and glyphs where it cannot be had",
     )
-    add("--labels", type=count, help="N, the number of labelled images (100; svhn, norb 1000)")
+    add(
+        "--labels",
+        type=count,
+        nargs="+",
+        metavar="N",
+        help="number of labelled images (100; svhn, norb 1000); several with --reproduce",
+    )
     add("--epochs", type=count, help="epochs of training; for m1+m2, of its M2 stage")
     add("--batch-size", type=count, help="unlabelled images in a minibatch; as --epochs")
     add("--lr", type=positive, help="Adam's first step size, falls linearly to 0; as --epochs")
@@ -1405,14 +1411,42 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="train afresh where a run is already")
     add("--no-images", action="store_true", help="draw no pictures")
     add("--load", type=Path, metavar="FILE", help="a model.pt to evaluate and draw, not to train")
+    add(
+        "--reproduce",
+        action="store_true",
+        help="the paper's table: every model (or --model), --labels (100 600 1000 3000) and seed "
+        "from 0 to --seeds; the same command goes on where it was interrupted",
+    )
+    add("--seeds", type=count, help="number of seeds of --reproduce (5)")
     args = parser.parse_args(argv)
     if args.load:
-        for name in ("epochs", "batch_size", "lr", "z_dim", "alpha", "m1_epochs", "m1", "resume"):
+        for name in (
+            "epochs",
+            "batch_size",
+            "lr",
+            "z_dim",
+            "alpha",
+            "m1_epochs",
+            "m1",
+            "resume",
+            "reproduce",
+        ):
             if getattr(args, name):
                 raise BadInput(f"--load trains nothing; drop --{name.replace('_', '-')}")
+        args.labels = args.labels and args.labels[0]
         return args
-    args.model, args.dataset = args.model or "m2", args.dataset or "auto"
-    args.seed = args.seed or 0
+    args.dataset = "auto" if args.dataset is None else args.dataset
+    if args.reproduce:
+        args.labels = args.labels or [100, 600, 1000, 3000]
+        args.seeds = args.seeds or 5
+        for name in ("seed", "m1", "load", "resume", "overwrite", "lr", "alpha", "z_dim"):
+            if getattr(args, name):
+                raise BadInput(f"--reproduce runs the defaults; drop --{name.replace('_', '-')}")
+        return args
+    if args.seeds or (args.labels and len(args.labels) > 1):
+        raise BadInput("several --labels or --seeds are for --reproduce")
+    args.labels = args.labels and args.labels[0]
+    args.model, args.seed = args.model or "m2", args.seed or 0
 
     known = ("auto", *FILES, "glyphs")
     if args.dataset not in known and not args.dataset.endswith(".npz"):
@@ -1520,6 +1554,8 @@ def main(argv: list[str] | None = None) -> int:
     """Train and evaluate one model as the command line says. Returns the exit code."""
     try:
         args = parse_arguments(argv)
+        if args.reproduce:
+            return reproduce(args)
         return evaluate_saved(args) if args.load else train_and_evaluate(args)
     except BadInput as error:
         print(f"ssvae: {error}", file=sys.stderr)
@@ -1533,7 +1569,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         argv = [a for a in (sys.argv[1:] if argv is None else argv) if a != "--overwrite"]
         again = ["python", sys.argv[0], *argv]
-        if not {"--resume", "--load"} & set(argv):
+        if not {"--resume", "--load", "--reproduce"} & set(argv):
             again.append("--resume")
         print(f"\nssvae: interrupted; go on with: {shlex.join(again)}", file=sys.stderr)
         return 130
@@ -1732,6 +1768,63 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
     print(summary(results))
     print(f"Written to {folder}/")
     return 0
+
+
+def reproduce(args: argparse.Namespace) -> int:
+    """What main() does with --reproduce: a run for every model, N and seed, and a table of them.
+
+    All runs of a seed share an M1, which sees no labels. A finished run is not run again.
+    """
+    folder = args.out_dir or Path("runs") / f"reproduce-{Path(args.dataset).name}"
+    models = [args.model] if args.model else list(SETTINGS)
+    epochs = ["--epochs", args.epochs] if args.epochs else []
+    m1_epochs = ["--epochs", args.m1_epochs] if args.m1_epochs else []
+
+    def go(model, N, seed, *more):  # a run, unless it is finished; returns its folder
+        out = folder / f"{model}-{N}-{seed}"
+        line = ["--model", model, "--labels", N, "--seed", seed, "--out-dir", out, "--resume"]
+        line += ["--dataset", args.dataset, "--data-dir", args.data_dir, "--device", args.device]
+        line += ["--precision", args.precision, *["--no-images"][: args.no_images], *more]
+        train_and_evaluate(parse_arguments([str(word) for word in line]))
+        return out
+
+    cells = [(s, N, model) for s in range(args.seeds) for N in args.labels for model in models]
+    results, spent = {}, {model: [] for model in models}
+    for done, (seed, N, model) in enumerate(cells, 1):
+        if model == "m2":
+            out = go(model, N, seed, *epochs)
+        else:
+            out = go("m1", args.labels[0], seed, *m1_epochs)
+            if model == "m1+m2":
+                out = go(model, N, seed, "--m1", out / "model.pt", *epochs)
+            elif N != args.labels[0]:
+                out = go(model, N, seed, "--m1", out / "model.pt")
+        results[model, N, seed] = json.loads((out / "results.json").read_text())
+        spent[model].append(results[model, N, seed]["seconds"])
+        table = write_table(folder, args.dataset, models, args.labels, results)
+        left = sum(np.mean(spent[m]) for _, _, m in cells[done:] if spent[m]) / 60
+        print(f"{done} of {len(cells)} runs done, about {left:.0f} minutes left\n", flush=True)
+    print(f"\n{table}\nWritten to {folder}/")
+    return 0
+
+
+def write_table(folder: Path, dataset: str, models: list, labels: list, results: dict) -> str:
+    """table.md, which is returned, and table.json: test error in %, mean +- std over the seeds."""
+    lines = [f"Test error in %, {dataset}: mean +- standard deviation (the paper's)", ""]
+    lines += ["| N | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
+    for N in labels:
+        cells = []
+        for model in models:
+            errors = [r["test_error"] for (m, n, _), r in results.items() if (m, n) == (model, N)]
+            cell = f"{np.mean(errors):.2f}" if errors else "-"
+            cell += f" +- {np.std(errors, ddof=1):.2f}" if len(errors) > 1 else ""
+            paper = PAPER[model].get(N) if dataset in ("auto", "mnist") else None
+            cells.append(cell + (f" ({paper[0]:.2f} +- {paper[1]:.2f})" if paper else ""))
+        lines.append(f"| {N} | " + " | ".join(cells) + " |")
+    text = "\n".join(lines) + "\n"
+    write_file(folder / "table.md", text.encode())
+    write_file(folder / "table.json", json.dumps(list(results.values()), indent=1).encode())
+    return text
 
 
 if __name__ == "__main__":

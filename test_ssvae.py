@@ -971,6 +971,11 @@ BAD = """
     --dataset mnist --data-dir file | --dataset mnist --data-dir /proc/none | --dataset short.npz
     --dataset empty.npz | --dataset object.npz | --dataset shape.npz | --dataset range.npz
     --dataset nan.npz | --dataset type.npz | --dataset length.npz | --dataset negative.npz
+    --labels 10 20 | --seeds 2 | --reproduce --seed 1 | --reproduce --labels 0 | --reproduce --seeds 0
+    --reproduce --labels 7 | --reproduce --resume | --reproduce --alpha 2 | --reproduce --load no.pt
+    --load no.pt | --load text.pt | --load foreign.pt | --load malicious.pt | --load . | --load=
+    --precision half | --precision= | --z-dim 0 | --z-dim x | --dataset svhn --data-dir /proc/none
+    --dataset norb --data-dir file | --dataset norb --data-dir nowhere | --dataset svhn --data-dir x
     --dataset gap.npz | --dataset newclass.npz | --dataset missing.npz | --dataset file.npz
 """
 
@@ -1093,6 +1098,44 @@ def test_killed_at_random_moments_and_resumed(small, tmp_path, model):
     run(*args, "--out-dir", tmp_path / "a")
     assert command(*args, "--out-dir", tmp_path / "b", "--resume").returncode == 0
     assert_same(outcome(tmp_path / "a"), outcome(tmp_path / "b"))
+
+
+def test_reproduce_continues_and_makes_the_table(small, tmp_path, capsys, monkeypatch):
+    """Interrupted, the same command goes on without repeating runs; means and standard deviations
+    by NumPy from the runs' own results; stacks share their seed's M1."""
+    line = ["--reproduce", "--dataset", small, "--labels", 20, 50, "--seeds", 2, "--epochs", 1]
+    line += ["--m1-epochs", 1, "--out-dir", tmp_path, "--no-images"]
+    trained, train = [], ssvae.train
+
+    def counted(model, *args):
+        if len(trained) == 4:
+            trained.append("interrupted")
+            raise KeyboardInterrupt
+        trained.append(type(model).__name__)
+        train(model, *args)
+
+    monkeypatch.setattr(ssvae, "train", counted)
+    run(*line, code=130)
+    assert "--resume" not in capsys.readouterr().err
+    run(*line)
+    assert trained.count("M1") == 2 and len(trained) == 2 + 4 + 4 + 1
+    table = (tmp_path / "table.md").read_text()
+    results = json.loads((tmp_path / "table.json").read_text())
+    assert len(results) == 12
+    for model in MODELS:
+        for N in (20, 50):
+            found = [r for r in results if (r["model"], r["labels"]) == (model, N)]
+            errors = [r["test_error"] for r in found]
+            assert sorted(r["seed"] for r in found) == [0, 1]
+            assert f"{np.mean(errors):.2f} +- {np.std(errors, ddof=1):.2f}" in table
+
+
+def test_precision(small, tmp_path):
+    """Both train; what was computed in is recorded."""
+    for precision in ("float32", "bfloat16"):
+        out = tmp_path / precision
+        run(*quick("m2"), "--dataset", small, "--out-dir", out, "--precision", precision)
+        assert json.loads((out / "results.json").read_text())["precision"] == precision
 
 
 def test_help_names_every_option():
