@@ -106,7 +106,7 @@ SETTINGS = {
         "batch_norm": True,
         "dropout": 0.2,
         "alpha": 1.0,
-        "balance": 1.0,
+        "balance": 5.0,
         "ramp": 0.5,
         "threshold": 0.01,
     },
@@ -1575,11 +1575,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def evaluate(model: nn.Module, classify, data: Data, folder: Path | None) -> dict:
-    """The figures of a trained model; pictures to the folder. Only here is the test set read."""
-    if folder:
-        for name, picture in pictures(model, classify, data).items():
-            save_picture(folder / name, picture)
+def evaluate(model: nn.Module, classify, data: Data) -> dict:
+    """The figures of a trained model. Only here, and for its pictures, is the test set read."""
     return {
         "valid_error": error_rate(classify, data.x_valid, data.y_valid),
         "test_error": error_rate(classify, data.x_test, data.y_test),
@@ -1608,7 +1605,9 @@ def evaluate_saved(args: argparse.Namespace) -> int:
     classify = (lambda x: classifier(model.encode(x)[0])) if classifier else model.classify
     folder = args.out_dir or args.load.parent
     make_folder(folder)
-    results = s | evaluate(model, classify, data, None if args.no_images else folder)
+    results = s | evaluate(model, classify, data)
+    for name, picture in pictures(model, classify, data).items() if not args.no_images else ():
+        save_picture(folder / name, picture)
     print(summary(results | {"seconds": time.perf_counter() - start}))
     return 0
 
@@ -1756,7 +1755,7 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
         "torch": torch.__version__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "images_per_second": run.rows[-1]["images_per_second"] if run.rows else None,
-        **evaluate(model, classify, data, None if args.no_images else folder),
+        **evaluate(model, classify, data),
         "seconds": run.seconds(),
     }
     run.write_log()
@@ -1765,6 +1764,8 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
     save_torch(folder / "model.pt", weights)
     write_file(folder / "results.json", json.dumps(results, indent=2).encode())
     (folder / "checkpoint.pt").unlink(missing_ok=True)
+    for name, picture in pictures(model, classify, data).items() if not args.no_images else ():
+        save_picture(folder / name, picture)
     print(summary(results))
     print(f"Written to {folder}/")
     return 0
