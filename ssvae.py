@@ -200,6 +200,11 @@ def log_gaussian(x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     return -0.5 * (math.log(2 * math.pi) + logvar + (x - mu) ** 2 * torch.exp(-logvar)).sum(-1)
 
 
+def log_standard(z: Tensor) -> Tensor:
+    """log N(z; 0, I), [B, Z] -> [B], nats per data point: the prior p(z) of all three models."""
+    return -0.5 * (math.log(2 * math.pi) + z**2).sum(-1)
+
+
 def kl_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
     """KL( N(mu, diag(sigma^2)) || N(0, I) ), both [B, Z] -> [B], nats per data point (appendix B).
 
@@ -300,6 +305,15 @@ class M1(nn.Module):
     def bound(self, x: Tensor) -> Tensor:
         """-J(x), [B], nats per image: <= log p(x) on average over its draw of z."""
         return -self.J(x)
+
+    def log_weight(self, x: Tensor) -> Tensor:
+        """log w = log p(x|z) + log p(z) - log q(z|x) for one draw z ~ q(z|x), [B], nats per image.
+
+        The inside of eq. 5's expectation before Jensen: E_q[w] = p(x). See log_likelihood.
+        """
+        mu, logvar = self.encode(x)
+        z = sample_gaussian(mu, logvar)
+        return self.log_p_x(x, z) + log_standard(z) - log_gaussian(z, mu, logvar)
 
     def generate(self, z: Tensor) -> Tensor:
         """Mean of p(x|z), [B, D]."""
@@ -483,6 +497,20 @@ class M2(nn.Module):
         """-U(x) over all labels, [B], nats per image: <= log p(x) on average over its draw of z."""
         return -self.U(x, threshold=0.0)
 
+    def log_weight(self, x: Tensor) -> Tensor:
+        """log of sum_y p(y) p(x|y,z_y) p(z_y) / q(z_y|x,y), z_y ~ q(z|x,y): [B], nats per image.
+
+        Each term's mean over z_y is p(x,y), so the mean of the sum is p(x). See log_likelihood.
+        """
+        B, K = len(x), self.y_dim
+        i = torch.arange(B, device=x.device).repeat_interleave(K)  # all pairs (x[i], y)
+        y = torch.arange(K, device=x.device).repeat(B)
+        mu, logvar = self.encode(x, y, i)
+        z = sample_gaussian(mu, logvar)
+        log_w = self.log_density(x[i], *self.decode(y, z)) - math.log(K)
+        log_w = log_w + log_standard(z) - log_gaussian(z, mu, logvar)
+        return log_w.view(B, K).logsumexp(1)
+
     def infer(self, x: Tensor, y: Tensor) -> Tensor:
         """Mean of q(z|x,y), [B, Z]."""
         return self.encode(x, y)[0]
@@ -544,13 +572,21 @@ class M1M2(nn.Module):
 
     def bound(self, x: Tensor) -> Tensor:
         """The bound on log p(x) derived above, [B], nats per image: one draw of z1 and of z2."""
+        return self.through_z1(x, self.m2.bound)
+
+    def log_weight(self, x: Tensor) -> Tensor:
+        """As M2's, with an outer draw of z1: the mean of its exp is p(x). [B], nats per image."""
+        return self.through_z1(x, self.m2.log_weight)
+
+    def through_z1(self, x: Tensor, log_p_z1) -> Tensor:
+        """log p(x|z1) + log p(z1) - log q(z1|x) for one draw z1 ~ q(z1|x), [B], where log_p_z1
+        gives the active dimensions' share of log p(z1)."""
         mu, logvar = self.m1.encode(x)
         z1 = sample_gaussian(mu, logvar)
         log_q_z1 = log_gaussian(z1, mu, logvar)
         unused = torch.ones_like(mu[0], dtype=torch.bool)
         unused[self.active] = False
-        zeros = torch.zeros_like(z1[:, unused])
-        log_p_z1 = self.m2.bound(z1[:, self.active]) + log_gaussian(z1[:, unused], zeros, zeros)
+        log_p_z1 = log_p_z1(z1[:, self.active]) + log_standard(z1[:, unused])
         return self.m1.log_p_x(x, z1) + log_p_z1 - log_q_z1
 
     def infer(self, x: Tensor, y: Tensor) -> Tensor:
@@ -1081,6 +1117,24 @@ def mean_bound(model: nn.Module, images: Tensor, likelihood: str) -> float:
 
 
 @torch.no_grad()
+def log_likelihood(model: nn.Module, images: Tensor, likelihood: str, draws: int) -> float:
+    """Mean estimate of log p(x) itself, nats per image, by importance sampling.
+
+    model.log_weight draws log w with E[w] = p(x). So the mean of w over S draws estimates p(x)
+    without bias, and its log, log p(x): for one draw no better than the bound, and by Jensen still
+    too low on average, but less so the larger S is. How far it lies above the bound is an
+    estimate of the bound's gap, the mean KL between q and the true posterior.
+    """
+    torch.manual_seed(0)
+    estimates = []
+    for chunk in images.split(100):
+        x = observe(chunk, likelihood)
+        log_w = torch.stack([model.log_weight(x) for _ in range(draws)])
+        estimates.append(log_w.logsumexp(0) - math.log(draws))
+    return torch.cat(estimates).mean().item()
+
+
+@torch.no_grad()
 def features(m1: M1, images: Tensor) -> Tensor:
     """Mean of q(z|x) of every image, [n, Z]."""
     return torch.cat([m1.encode(pixels(chunk))[0] for chunk in images.split(1000)])
@@ -1412,6 +1466,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--no-images", action="store_true", help="draw no pictures")
     add("--load", type=Path, metavar="FILE", help="a model.pt to evaluate and draw, not to train")
     add(
+        "--nll",
+        type=count,
+        metavar="S",
+        help="with --load: log p(x) of 1000 test images, importance-sampled with S draws of z",
+    )
+    add(
         "--reproduce",
         action="store_true",
         help="the paper's table: every model (or --model), --labels (100 600 1000 3000) and seed "
@@ -1435,6 +1495,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                 raise BadInput(f"--load trains nothing; drop --{name.replace('_', '-')}")
         args.labels = args.labels and args.labels[0]
         return args
+    if args.nll:
+        raise BadInput("--nll S is for a saved model; give --load FILE")
     args.dataset = "auto" if args.dataset is None else args.dataset
     if args.reproduce:
         args.labels = args.labels or [100, 600, 1000, 3000]
@@ -1609,6 +1671,14 @@ def evaluate_saved(args: argparse.Namespace) -> int:
     for name, picture in pictures(model, classify, data).items() if not args.no_images else ():
         save_picture(folder / name, picture)
     print(summary(results | {"seconds": time.perf_counter() - start}))
+    if args.nll:
+        images = data.x_test[:1000]
+        bound = mean_bound(model, images, data.likelihood)
+        log_p = log_likelihood(model, images, data.likelihood, args.nll)
+        print(
+            f"the first {len(images)} test images: bound {bound:.2f} nats, log p(x) "
+            f"{log_p:.2f} nats by importance sampling with {args.nll} draws"
+        )
     return 0
 
 

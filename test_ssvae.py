@@ -114,8 +114,10 @@ def test_eq5_M1_bound_and_its_gap(likelihood):
         log_q = D.Normal(mu[0], (0.5 * logvar[0]).exp()).log_prob(z[:, 0])
         gap = (log_q.exp() * (log_q - (log_p_xz - log_p_x)) * log_dz.exp()).sum()
         J = m1.J(x.expand(DRAWS, -1))
+        log_w = m1.log_weight(x.expand(DRAWS, -1))
     assert gap > 0.01  # so the comparison means something
     assert near(-J, log_p_x - gap)
+    assert near((log_w - log_p_x).exp(), 1.0)  # E[w] = p(x)
 
 
 def test_eq5_is_an_equality_for_the_exact_posterior():
@@ -227,6 +229,8 @@ def test_eq7_is_a_bound_on_log_p_x(threshold):
             log_p_x = torch.logsumexp(m2_log_joint(m2, x), 0)
             minus_U = -m2.U(x.expand(4000, -1))
             assert minus_U.mean() < log_p_x + 5 * minus_U.std() / 4000**0.5
+            log_w = m2.log_weight(x.expand(DRAWS, -1))
+            assert near((log_w - log_p_x).exp(), 1.0)  # E[w] = p(x)
 
 
 def test_truncated_sum_tends_to_the_full_one(fixed_noise):
@@ -299,6 +303,8 @@ def test_M1M2_bound():
         assert bound.mean() < log_p_x + 5 * bound.std() / DRAWS**0.5
         # exp(bound) is an importance weight less M2's own gap: its mean does not exceed p(x)
         assert bound.exp().mean() < log_p_x.exp() * 1.1
+        log_w = stack.log_weight(x.expand(DRAWS, -1))
+        assert near((log_w - log_p_x).exp(), 1.0)  # E[w] = p(x)
 
 
 # ---- numbers at the edges ------------------------------------------------------------------------
@@ -739,6 +745,9 @@ def test_load_evaluates_and_redraws(small, tmp_path, capsys):
         assert f"test error {results['test_error']:.2f} %" in line
         assert f"bound {results['bound']:.2f} nats" in line
     run("--load", out / "model.pt", "--no-images", "--model", "m1+m2", "--dataset", small)
+    capsys.readouterr()
+    run("--load", out / "model.pt", "--no-images", "--nll", 3)
+    assert "log p(x)" in capsys.readouterr().out
     other = tmp_path / "other.npz"
     np.savez(other, **{**np.load(small), "y_test": np.zeros(600, dtype=int)})
     for wrong in (
@@ -747,6 +756,21 @@ def test_load_evaluates_and_redraws(small, tmp_path, capsys):
     ):  # fmt: skip
         run("--load", out / "model.pt", *wrong, code=2)
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_log_likelihood_is_between_the_bound_and_the_truth(monkeypatch):
+    """More draws, a higher estimate: from the bound at one draw to log p(x), by quadrature."""
+    m1 = scrambled(M1(6, z_dim=1, hidden=(5,)), scale=0.5)
+    x = (torch.rand(300, 6, generator=torch.Generator().manual_seed(0)) < 0.5).float()
+    with torch.no_grad():
+        z, log_dz = grid()
+        log_p_z = D.Normal(0, 1).log_prob(z[:, 0])
+        log_p_xz = [m1.log_p_x(one.expand(len(z), -1), z) + log_p_z for one in x]
+        truth = torch.stack([torch.logsumexp(row + log_dz, 0) for row in log_p_xz]).mean()
+    one, ten, many = (ssvae.log_likelihood(m1, x, "bernoulli", S) for S in (1, 10, 2000))
+    assert one < ten - 0.01 < many - 0.01
+    assert many == pytest.approx(truth.item(), abs=0.02)
+    assert ssvae.mean_bound(m1, x, "bernoulli") == pytest.approx(one, abs=0.3)
 
 
 def test_no_images(small, tmp_path):
@@ -971,8 +995,9 @@ BAD = """
     --dataset mnist --data-dir file | --dataset mnist --data-dir /proc/none | --dataset short.npz
     --dataset empty.npz | --dataset object.npz | --dataset shape.npz | --dataset range.npz
     --dataset nan.npz | --dataset type.npz | --dataset length.npz | --dataset negative.npz
-    --labels 10 20 | --seeds 2 | --reproduce --seed 1 | --reproduce --labels 0 | --reproduce --seeds 0
-    --reproduce --labels 7 | --reproduce --resume | --reproduce --alpha 2 | --reproduce --load no.pt
+    --labels 10 20 | --seeds 2 | --reproduce --seed 1 | --reproduce --labels 0 | --nll 5
+    --reproduce --seeds 0 | --load no.pt --nll 0 | --reproduce --labels 7 | --reproduce --resume
+    --reproduce --alpha 2 | --reproduce --load no.pt
     --load no.pt | --load text.pt | --load foreign.pt | --load malicious.pt | --load . | --load=
     --precision half | --precision= | --z-dim 0 | --z-dim x | --dataset svhn --data-dir /proc/none
     --dataset norb --data-dir file | --dataset norb --data-dir nowhere | --dataset svhn --data-dir x
