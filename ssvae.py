@@ -117,7 +117,12 @@ SETTINGS = {
 DATASETS = {
     "mnist": {"likelihood": "bernoulli", "labels": 100},
     "fashion": {"likelihood": "bernoulli", "labels": 100},
-    "svhn": {"likelihood": "gaussian", "labels": 1000},
+    "svhn": {  # whose classes are not equally frequent
+        "likelihood": "gaussian",
+        "labels": 1000,
+        "m2": {"balance": 0.0},
+        "m1+m2": {"balance": 0.0},
+    },
     "norb": {"likelihood": "gaussian", "labels": 1000},
     "glyphs": {
         "likelihood": "bernoulli",
@@ -180,11 +185,12 @@ def log_bernoulli(x: Tensor, logits: Tensor) -> Tensor:
     Summed over pixels, not averaged: pixels are D pieces of evidence about one z, and averaging
     would make the KL term D times too heavy. In float32.
     """
-    # log(1 + exp(l)) = max(l, 0) + log(1 + exp(-|l|)) cannot overflow. (log1p in place of the
-    # second log, and F.softplus, which uses it, would be exact to more digits than a sum over
-    # pixels needs, and on CPUs ten times as slow.)
+    # log(1 + exp(l)) = max(l, 0) + log(1 + exp(-|l|)), with max(l, 0) = (l + |l|) / 2, cannot
+    # overflow. (F.softplus and log1p are exact to more digits than a sum over pixels needs, and on
+    # CPUs ten times as slow.)
     l = logits.float()
-    return (x * l - F.relu(l) - torch.log(1 + torch.exp(-l.abs()))).sum(-1)
+    size = l.abs()
+    return ((x - 0.5) * l - 0.5 * size - torch.log(1 + torch.exp(-size))).sum(-1)
 
 
 def log_gaussian(x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
@@ -454,25 +460,32 @@ class M2(nn.Module):
         alpha: float,
         ramp: float = 1.0,
         balance: float = 0.0,
+        log_q: Tensor | None = None,
     ) -> Tensor:
         """Eq. 8 and 9 per image of the whole set, estimated from a minibatch: a scalar, nats.
 
         labelled = N / (N + M). The N labelled images are few, so every minibatch takes many of
         them beside its unlabelled ones. The two means are weighed by their shares of the whole set,
-        not of the minibatch, so this estimates J^alpha / (N + M). alpha is a of WHAT ALPHA IS; ramp
-        multiplies U; balance multiplies KL( p(y) || mean of q(y|x) over x_u ).
+        not of the minibatch, so this estimates J^alpha / (N + M), if ramp = 1 and balance = 0.
+        alpha is a of WHAT ALPHA IS; ramp multiplies U; balance multiplies
+        KL( p(y) || mean of q(y|x) over x_u ). log_q = log q(y|x) of x_l and x_u, [B, K], where it
+        is not this model's own function of x (the stack).
         """
-        log_q = self.log_q_y(torch.cat([x_l, x_u]))  # together: one batch normalisation of q(y|x)
+        if log_q is None:
+            log_q = self.log_q_y(torch.cat([x_l, x_u]))  # together: one batch normalisation
         log_q_l, log_q_u = log_q[: len(x_l)], log_q[len(x_l) :]
         J = labelled * self.L(x_l, y_l).mean()
         if len(x_u):
             J = J + (1 - labelled) * ramp * self.U(x_u, log_q_u).mean()
-            # With p(y) = 1/K: KL = sum_y 1/K [ log 1/K - log mean q(y|x) ].
-            log_mean_q = torch.logsumexp(log_q_u, 0) - math.log(len(x_u))
-            J = J + balance * (-math.log(self.y_dim) - log_mean_q.mean())
+            # With p(y) = 1/K: KL = sum_y 1/K [ log 1/K - log mean q(y|x) ]. A minibatch of B images
+            # has class counts of its own, for which even a right q(y|x) pays about (K - 1) / (2 B),
+            # next to nothing for B from 50 K up; below that the term counts for less.
+            B, K = len(x_u), self.y_dim
+            log_mean_q = torch.logsumexp(log_q_u, 0) - math.log(B)
+            J = J + balance * min(1.0, B / (50 * K)) * (-math.log(K) - log_mean_q.mean())
         return J + alpha * F.nll_loss(log_q_l, y_l)
 
-    def objective(self, x_l, y_l, x_u, labelled: float, t: float, s) -> Tensor:
+    def objective(self, x_l, y_l, x_u, labelled: float, t: float, s, log_q=None) -> Tensor:
         """Training loss, a scalar in nats per image; t in [0, 1] is how much of training is done.
 
         The failure to avoid: q(y|x) soon fits the few labels and is certain everywhere, right or
@@ -481,13 +494,13 @@ class M2(nn.Module):
         labels speak first), dropout keeps q(y|x) from fitting them too closely, and an alpha larger
         than the paper's keeps the few labels from being outvoted by the many guesses. And no class
         may swallow another: in the model the mean of p(y|x) over images is p(y), so the mean of
-        q(y|x) is drawn to p(y) as well. That KL is 0 for a right q(y|x) and moves no optimum of a
-        model that is right about p(y). After the ramp the loss is J^alpha / (N + M) and balance
-        times this KL. (At t = 0 the decoder has only L, with weight
-        N / (N + M); Adam's steps do not depend on the scale of the loss.)
+        q(y|x) is drawn to p(y) as well: over all images that KL is 0 for a right q(y|x), if the
+        classes are as frequent as p(y) says. After the ramp the loss is J^alpha / (N + M) and
+        balance times this KL. (At t = 0 the decoder has only L, with weight N / (N + M); Adam's
+        steps do not depend on the scale of the loss.)
         """
         ramp = fade_in(t, s["ramp"])
-        return self.J_alpha(x_l, y_l, x_u, labelled, s["alpha"], ramp, s["balance"])
+        return self.J_alpha(x_l, y_l, x_u, labelled, s["alpha"], ramp, s["balance"], log_q)
 
     def classify(self, x: Tensor) -> Tensor:
         """Scores of the K classes, [B, K]; the largest is the answer."""
@@ -525,7 +538,7 @@ class M2(nn.Module):
 # =================================================================================================
 #
 #     p(x, y, z1, z2) = p(y) p(z2) p(z1|y,z2) p(x|z1)
-#     q(z1|x) from M1;  q(y|z1) and q(z2|z1,y) from M2
+#     q(z1|x) from M1;  q(y|x) = M2's classifier at the mean of q(z1|x);  q(z2|z1,y) from M2
 #
 # Why stack? On pixels, M2's loss counts nats, and a digit's class is at most log 10 = 2.3 of the
 # 100 or so that an image costs: how thick, slanted and placed the strokes are costs far more, and a
@@ -540,7 +553,10 @@ class M2(nn.Module):
 # Training is in two stages. M1 is trained with p(z1) = N(0, I) and then frozen: p(x|z1) and q(z1|x)
 # no longer change, so raising this bound is lowering E_q(z1|x)[ U(z1) ]: M2, with a Gaussian
 # p(z1|y,z2), on a fresh draw z1 ~ q(z1|x) at every visit of x. For labelled x, log p(x,y) has the
-# same bound with -L(z1,y) <= log p(z1,y) in place of -U(z1).
+# same bound with -L(z1,y) <= log p(z1,y) in place of -U(z1). In U stands q(y|x): eq. 7 holds for
+# any distribution over y, so the classifier need not see the draw z1. It sees the mean of q(z1|x),
+# without its noise, as it will at the test. (The authors' sees the draw in training, the mean at
+# the test.)
 # What two stages give up: the bound is still a bound, but no longer maximised over all parameters
 # together; q(z1|x) was fitted to another prior and does not learn of the classes.
 # M1 leaves some dimensions unused: their mean does not vary and q(z1_d|x) is close to N(0, 1). They
@@ -563,16 +579,18 @@ class M1M2(nn.Module):
 
     def objective(self, x_l, y_l, x_u, labelled: float, t: float, s) -> Tensor:
         """M2.objective on z1 ~ q(z1|x). Nats of a density of z1, not to be compared with M2's."""
-        z1 = sample_gaussian(*self.m1.encode(torch.cat([x_l, x_u])))[:, self.active]
-        return self.m2.objective(z1[: len(x_l)], y_l, z1[len(x_l) :], labelled, t, s)
+        mu, logvar = self.m1.encode(torch.cat([x_l, x_u]))
+        z1 = sample_gaussian(mu, logvar)[:, self.active]
+        log_q = self.m2.log_q_y(mu[:, self.active])
+        return self.m2.objective(z1[: len(x_l)], y_l, z1[len(x_l) :], labelled, t, s, log_q)
 
     def classify(self, x: Tensor) -> Tensor:
-        """Scores of the K classes, [B, K]: q(y|z1) at the mean of q(z1|x), as in the paper."""
-        return self.m2.classify(self.m1.encode(x)[0][:, self.active])
+        """log q(y|x) for every y, [B, K]: M2's classifier at the mean of q(z1|x)."""
+        return self.m2.log_q_y(self.m1.encode(x)[0][:, self.active])
 
     def bound(self, x: Tensor) -> Tensor:
         """The bound on log p(x) derived above, [B], nats per image: one draw of z1 and of z2."""
-        return self.through_z1(x, self.m2.bound)
+        return self.through_z1(x, lambda z1: -self.m2.U(z1, self.classify(x), threshold=0.0))
 
     def log_weight(self, x: Tensor) -> Tensor:
         """As M2's, with an outer draw of z1: the mean of its exp is p(x). [B], nats per image."""

@@ -67,6 +67,9 @@ def test_log_bernoulli():
     oracle = D.Bernoulli(logits=logits).log_prob(x).sum(-1)
     torch.testing.assert_close(ssvae.log_bernoulli(x, logits), oracle)
     assert ssvae.log_bernoulli(x, 1e4 * torch.randn(5, 7).sign()).isfinite().all()
+    zero = torch.zeros(5, 7, requires_grad=True)
+    (gradient,) = torch.autograd.grad(ssvae.log_bernoulli(x, zero).sum(), zero)
+    torch.testing.assert_close(gradient, x - 0.5)  # x - sigmoid(0)
 
 
 def test_log_gaussian():
@@ -272,7 +275,7 @@ def test_objective_is_J_alpha_once_the_ramp_is_over(fixed_noise):
     x, y = (torch.rand(3, 6) < 0.5).float(), torch.tensor([0, 1, 2])
     s = {"alpha": 0.7, "ramp": 0.5, "balance": 0.3}
     p, mean_q = D.Categorical(logits=torch.zeros(3)), D.Categorical(m2.q_y(x).softmax(-1).mean(0))
-    balance = 0.3 * D.kl_divergence(p, mean_q)
+    balance = 0.3 * 3 / (50 * 3) * D.kl_divergence(p, mean_q)  # 3 images, 3 classes
     for t in (0.5, 0.9):
         oracle = m2.J_alpha(x, y, x, 0.5, 0.7) + balance
         torch.testing.assert_close(m2.objective(x, y, x, 0.5, t, s), oracle)
