@@ -629,26 +629,12 @@ class M1M2(nn.Module):
 
 
 def nearest(z: Tensor, points: Tensor, k: int) -> Tensor:
-    """Indices of the k points [n, Z] nearest to each z [B, Z], nearest first: [B, k].
-
-    topk over n columns is slow, a minimum is fast. So the columns are cut into blocks; the k
-    nearest points are in the k blocks whose minima are smallest (for a point elsewhere, each of
-    those blocks has a nearer one), and only these are searched.
-    """
-    k = min(k, len(points))
-    blocks = max(k, min(500, len(points)))
-    pad = -len(points) % blocks
-    squares = F.pad(points.square().sum(1), (0, pad), value=math.inf)
-    points = F.pad(points, (0, 0, 0, pad)).T.contiguous()
+    """Indices of the k points [n, Z] nearest to each z [B, Z], nearest first: [B, k]."""
+    squares, k = points.square().sum(1), min(k, len(points))
     found = []
     for chunk in z.split(500):
-        d = torch.addmm(squares, chunk, points, alpha=-2)  # |z - point|^2, less the same |z|^2
-        d = d.view(len(chunk), blocks, -1)
-        block = d.amin(2).topk(k, largest=False).indices  # [B, k]
-        size = d.shape[2]
-        d = d.gather(1, block[:, :, None].expand(-1, -1, size)).flatten(1)
-        i = d.topk(k, largest=False).indices
-        found.append(block.gather(1, i // size) * size + i % size)
+        d = torch.addmm(squares, chunk, points.T, alpha=-2)  # |z - point|^2 less |z|^2, [500, n]
+        found.append(d.topk(k, largest=False).indices)
     return torch.cat(found)
 
 
