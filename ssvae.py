@@ -47,6 +47,7 @@ M1's features, 7 data, 8 training, 9 evaluation, 10 pictures, 11 the command lin
 """
 
 import argparse
+import contextlib
 import csv
 import gzip
 import io
@@ -116,7 +117,12 @@ SETTINGS = {
 # labels N, and what differs from SETTINGS for a model.
 DATASETS = {
     "mnist": {"likelihood": "bernoulli", "labels": 100},
-    "fashion": {"likelihood": "bernoulli", "labels": 100},
+    "fashion": {  # by validation error with N = 1000
+        "likelihood": "bernoulli",
+        "labels": 100,
+        "m1": {"ramp": 0.5},  # 22 active dimensions instead of 13
+        "m1+m2": {"epochs": 40, "dropout": 0.5},
+    },
     "svhn": {  # whose classes are not equally frequent
         "likelihood": "gaussian",
         "labels": 1000,
@@ -127,7 +133,7 @@ DATASETS = {
     "glyphs": {
         "likelihood": "bernoulli",
         "labels": 100,
-        "m1": {"epochs": 15},  # kNN error as after 30, in half the time
+        "m1": {"epochs": 15},  # 1-NN error as after 30, in half the time
     },
     "grey npz": {"likelihood": "bernoulli", "labels": 100},
     "colour npz": {"likelihood": "gaussian", "labels": 100},
@@ -676,13 +682,14 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=10, a=0.3, steps=100, spread=0.3)
     y = argmax_k f_k (changing y from k to j adds g(f_j) - g(f_k), and the function
     g(f) = max(0, 1 - f)^2 - max(0, 1 + f)^2 decreases in f).
 
-    We let each point in turn minimise its own terms, given its neighbours: svm_step. Two things
-    guard against poor answers. First only the labels spread, without the last term, from f = -1
-    (of no class): a guess costs much if it is made too soon. After that every class is held to
-    its share: (m + 1) / 2, about 1 within the class and 0 elsewhere, is scaled to a mean of 1/K.
+    All points at once minimise their own terms, given their neighbours' last scores (svm_step; the
+    labelled ones are held at +1 and -1), again and again. Two things guard against poor answers.
+    First only the labels spread, without the last term, from f = -1 (of no class): a guess costs
+    much if it is made too soon. After that every class is held to its share: (m + 1) / 2, about 1
+    within the class and 0 elsewhere, is scaled to a mean of 1/K.
     """
     N, t_l = len(y_l), 2.0 * F.one_hot(y_l, y_dim) - 1
-    neighbours = nearest(z, z, k + 1)[:, 1:]  # the nearest is the point itself
+    neighbours = nearest(z, z, k + 1)[:, 1:]  # the nearest is the point itself, or its double
     f = torch.full((len(z), y_dim), -1.0, device=z.device)
     f[:N] = t_l
     for step in range(steps):
@@ -704,6 +711,11 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=10, a=0.3, steps=100, spread=0.3)
 
 class BadInput(Exception):
     """Something the user can mend. main() prints it as one line and exits with code 2."""
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error, short."""
+    return " ".join(str(error).split())[:150] or type(error).__name__
 
 
 class Data(NamedTuple):
@@ -839,27 +851,24 @@ def load_known(dataset: str, data_dir: Path) -> list[np.ndarray]:
 
     Raises BadInput if the files are neither there nor to be had, or do not read as they should.
     """
-    new = data_dir / FILES[dataset].split()[0]
-    new = [folder for folder in (new, *new.parents) if not folder.exists()]
+    new = []
     try:
+        first = data_dir / FILES[dataset].split()[0]
+        new = [folder for folder in (first, *first.parents) if not folder.exists()]
         if dataset == "norb":
             return load_norb(data_dir / "norb")
         return load_torchvision(dataset, data_dir)
     except Exception as error:  # torchvision raises of every kind here: network, format, disk
-        for folder in new:  # leave no empty folder behind
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+        with contextlib.suppress(OSError):
+            for folder in new:  # leave no empty folder behind
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
         if isinstance(error, BadInput):
             raise
         raise BadInput(
-            f"cannot read or download {dataset} in {data_dir} ({one_line(error)}): give --data-dir "
-            f"a folder that holds {FILES[dataset]}, or use --dataset glyphs"
+            f"cannot read or download {dataset} in {str(data_dir)[:100]} ({one_line(error)}): give "
+            f"--data-dir a folder that holds {FILES[dataset]}, or use --dataset glyphs"
         ) from error
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error, short."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def load_npz(path: Path) -> list[np.ndarray]:
@@ -948,7 +957,8 @@ def project(images: Tensor, pca: dict) -> Tensor:
 
 
 def unproject(x: Tensor, pca: dict | None) -> Tensor:
-    """x as the models see it, [..., d], to pixels in [0, 1], [..., D]: undoes project."""
+    """x as the models see it, [..., d], to pixels in [0, 1], [..., D]: undoes project, but for the
+    variance that was dropped."""
     return x if pca is None else (pca["mean"] + (x * pca["sd"]) @ pca["V"].T).clamp(0, 1)
 
 
@@ -1046,7 +1056,8 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> N
     N, M, device = len(data.x_l), len(data.x_u), data.x_l.device
     n_l = min(N, s.get("batch_labelled", 0))  # labelled images in a minibatch
     n_u = min(M, s["batch_size"])  # unlabelled images in it
-    # An epoch sees all unlabelled images (but for a last, smaller minibatch) and all labelled ones.
+    # An epoch sees all unlabelled images (but for a last, smaller minibatch); every minibatch has
+    # n_l labelled images drawn afresh: for N <= n_l, all of them.
     steps = max(M // n_u if M else 0, math.ceil(N / n_l) if N else 0)
     rounds = math.ceil(steps * n_u / M) if M else 0
     optimizer = torch.optim.Adam(
@@ -1125,9 +1136,9 @@ def log_likelihood(model: nn.Module, images: Tensor, likelihood: str, draws: int
     """Mean estimate of log p(x) itself, nats per image, by importance sampling.
 
     model.log_weight draws log w with E[w] = p(x). So the mean of w over S draws estimates p(x)
-    without bias, and its log, log p(x): for one draw no better than the bound, and by Jensen still
-    too low on average, but less so the larger S is. How far it lies above the bound is an
-    estimate of the bound's gap, the mean KL between q and the true posterior.
+    without bias, and its log, log p(x): by Jensen too low on average, but less so the larger S is.
+    (M1 with one draw: the bound itself. M2 sums over y exactly, and gains already there.) How far
+    it lies above the bound estimates the bound's gap, the mean KL between q and the true posterior.
     """
     torch.manual_seed(0)
     estimates = []
@@ -1167,11 +1178,11 @@ def mosaic(images: Tensor, shape: tuple, captions: list[list[str]] | None = None
     w, h = scale * W + gap, scale * H + gap + (26 if captions else 0)
     page = Image.new("RGB", (columns * w + gap + 3 * gap * len(breaks), rows * h + gap), "white")
     draw = ImageDraw.Draw(page)
+    images = (255 * images).round().byte().cpu().view(rows, columns, C, H, W)
     for r in range(rows):
         for c in range(columns):
-            tile = (255 * images[r, c]).round().byte().view(C, H, W)
-            tile = tile if C == 3 else tile[:1].expand(3, H, W)
-            tile = Image.fromarray(tile.permute(1, 2, 0).cpu().numpy())
+            tile = images[r, c] if C == 3 else images[r, c, :1].expand(3, H, W)
+            tile = Image.fromarray(tile.permute(1, 2, 0).numpy())
             at = gap + c * w + 3 * gap * sum(c >= b for b in breaks), gap + r * h
             page.paste(tile.resize((scale * W, scale * H), Image.Resampling.NEAREST), at)
             if captions:
@@ -1215,8 +1226,7 @@ def curves(rows: list[dict]):
     return page
 
 
-PICTURES = ["curves", "reconstructions", "samples", "analogies", "styles", "mistakes"]
-PICTURES = [name + ".png" for name in PICTURES]
+PICTURES = ("curves", "reconstructions", "samples", "analogies", "styles", "mistakes")
 
 
 @torch.no_grad()
@@ -1321,12 +1331,13 @@ def load_torch(path: Path, keys: set[str], device) -> dict:
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # missing, truncated, foreign or malicious: torch raises many kinds
-        reason = str(error).strip().split("\n")[0][:150]
         raise BadInput(
-            f"cannot read {path} ({reason}): is it a file written by ssvae.py?"
+            f"cannot read {path} ({one_line(error)}): is it a file written by ssvae.py?"
         ) from error
     if not isinstance(content, dict) or not keys <= set(content):
         raise BadInput(f"{path} was not written by this version of ssvae.py")
+    if not isinstance(content["settings"], dict):
+        raise BadInput(f"{path} was not written by ssvae.py")
     return content
 
 
@@ -1353,8 +1364,11 @@ class Run:
     def restore(self, model: nn.Module, optimizer) -> int:
         """Go on from the checkpoint if it is of this stage. Returns the number of epochs done."""
         if self.saved and self.saved["stage"] == self.stage:
-            model.load_state_dict(self.saved["model"])
-            optimizer.load_state_dict(self.saved["optimizer"])
+            try:
+                model.load_state_dict(self.saved["model"])
+                optimizer.load_state_dict(self.saved["optimizer"])
+            except Exception as error:  # not written by this program: torch raises many kinds
+                raise BadInput(f"the checkpoint in {self.folder} does not fit the model") from error
             self.first_epoch = self.saved["epoch"]
         return self.first_epoch
 
@@ -1406,12 +1420,12 @@ class Run:
         write_file(self.folder / "log.csv", text.getvalue().encode())
 
 
-def number(kind, low, low_allowed=True):
-    """An argparse type: a finite number of this kind, from low up."""
+def number(kind, low, low_allowed=True, high=math.inf):
+    """An argparse type: a finite number of this kind, from low up to high."""
 
     def parse(text: str):
         value = kind(text)
-        if not (low <= value < math.inf) or (value == low and not low_allowed):
+        if not (low <= value <= high) or value == math.inf or (value == low and not low_allowed):
             raise ValueError
         return value
 
@@ -1449,12 +1463,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--epochs", type=count, help="epochs of training; for m1+m2, of its M2 stage")
     add("--batch-size", type=count, help="unlabelled images in a minibatch; as --epochs")
     add("--lr", type=positive, help="Adam's first step size, falls linearly to 0; as --epochs")
-    add("--z-dim", type=count, help="dimensions of z (50), of z2 for m1+m2; 2 draws styles.png")
+    add(
+        "--z-dim",
+        type=number(int, 1, high=9999),
+        help="dimensions of z (50), of z2 for m1+m2; 2 draws styles.png",
+    )
     add("--alpha", type=number(float, 0), help="weight of the classification loss (eq. 9)")
     add("--m1-epochs", type=count, help="for m1+m2: epochs of its M1 stage")
     add("--m1", type=Path, metavar="FILE", help="model.pt of an M1 to use instead of training one")
     add("--classifier", choices=["tsvm", "knn"], help="for m1: on its features (default: tsvm)")
-    add("--seed", type=number(int, 0), help="draws splits, weights and noise (0)")
+    add("--seed", type=number(int, 0, high=2**63 - 1), help="draws splits, weights and noise (0)")
     add("--device", default="auto", help="auto (an accelerator if there is one), cpu, cuda, ...")
     add(
         "--precision",
@@ -1483,60 +1501,52 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--seeds", type=count, help="number of seeds of --reproduce (5)")
     args = parser.parse_args(argv)
+
+    def refuse(why: str, *names: str):
+        for name in names:
+            if getattr(args, name) is not None and getattr(args, name) is not False:
+                raise BadInput(f"{why}; drop --{name.replace('_', '-')}")
+
+    if args.labels and len(args.labels) > 1 and not args.reproduce:
+        raise BadInput("several --labels are for --reproduce; give one")
+    settings = ("batch_size", "lr", "z_dim", "alpha", "classifier", "m1")
     if args.load:
-        for name in (
-            "epochs",
-            "batch_size",
-            "lr",
-            "z_dim",
-            "alpha",
-            "m1_epochs",
-            "m1",
-            "resume",
-            "reproduce",
-        ):
-            if getattr(args, name):
-                raise BadInput(f"--load trains nothing; drop --{name.replace('_', '-')}")
-        args.labels = args.labels and args.labels[0]
-        return args
-    if args.nll:
-        raise BadInput("--nll S is for a saved model; give --load FILE")
-    args.dataset = "auto" if args.dataset is None else args.dataset
-    if args.reproduce:
+        refuse("--load trains nothing", *settings, "epochs", "m1_epochs", "resume", "overwrite")
+        refuse("--load evaluates one model", "reproduce", "seeds")
+    elif args.reproduce:
+        refuse("--reproduce runs the defaults", *settings)
+        refuse("--reproduce goes on by itself and has its own seeds", "seed", "resume", "overwrite")
+        refuse("--nll is for a saved model, with --load", "nll")
         args.labels = args.labels or [100, 600, 1000, 3000]
         args.seeds = args.seeds or 5
-        for name in ("seed", "m1", "load", "resume", "overwrite", "lr", "alpha", "z_dim"):
-            if getattr(args, name):
-                raise BadInput(f"--reproduce runs the defaults; drop --{name.replace('_', '-')}")
+    else:
+        refuse("--nll is for a saved model, with --load", "nll")
+        refuse("--seeds is for --reproduce; --seed is one run's", "seeds")
+        args.model, args.seed = args.model or "m2", args.seed or 0
+    if not args.reproduce:
+        args.labels = args.labels and args.labels[0]
+    if args.load:
         return args
-    if args.seeds or (args.labels and len(args.labels) > 1):
-        raise BadInput("several --labels or --seeds are for --reproduce")
-    args.labels = args.labels and args.labels[0]
-    args.model, args.seed = args.model or "m2", args.seed or 0
-
+    args.dataset = "auto" if args.dataset is None else args.dataset
     known = ("auto", *FILES, "glyphs")
     if args.dataset not in known and not args.dataset.endswith(".npz"):
         raise BadInput(f"--dataset {args.dataset}: choose {', '.join(known)} or a file PATH.npz")
-    only = {
-        "alpha": ("m2", "m1+m2"),
-        "m1_epochs": ("m1+m2",),
-        "m1": ("m1", "m1+m2"),
-        "classifier": ("m1",),
-    }
-    for name, models in only.items():
-        if getattr(args, name) is not None and args.model not in models:
-            option = "--" + name.replace("_", "-")
-            raise BadInput(
-                f"{option} has no meaning for {args.model}, only for {' and '.join(models)}"
-            )
-    if args.m1 and args.m1_epochs:
-        raise BadInput("--m1 gives a trained M1, so --m1-epochs has no meaning; drop one of them")
-    if args.m1 and args.model == "m1" and (args.epochs or args.batch_size or args.lr):
-        raise BadInput("--m1 gives a trained M1; drop --epochs, --batch-size and --lr")
-    if args.resume and args.overwrite:
-        raise BadInput("--resume and --overwrite contradict each other; drop one of them")
-    if args.seed >= 2**63:
-        raise BadInput("--seed must be below 2**63")
+    if args.reproduce:
+        return args
+    if args.model == "m1":
+        refuse("m1 has no classification loss", "alpha")
+    else:
+        refuse(f"{args.model} is its own classifier", "classifier")
+    if args.model != "m1+m2":
+        refuse("only m1+m2 has an M1 stage", "m1_epochs")
+    if args.model == "m2":
+        refuse("m2 has no M1", "m1")
+    if args.m1:
+        refuse("--m1 gives a trained M1", "m1_epochs")
+        if args.model == "m1":
+            refuse("--m1 gives a trained M1", "epochs", "batch_size", "lr", "z_dim")
+    if args.resume:
+        refuse("--resume goes on with a run, --overwrite trains afresh", "overwrite")
     return args
 
 
@@ -1550,52 +1560,54 @@ def pick_device(name: str) -> torch.device:
         torch.zeros(1, device=device).cpu()
         return device
     except Exception as error:  # no such device, no driver, no memory: torch raises many kinds
-        reason = str(error).strip().split("\n")[0][:100]
-        raise BadInput(f"--device {name} cannot be used here ({reason}); try cpu") from error
+        raise BadInput(
+            f"--device {name} cannot be used here ({one_line(error)}); try cpu"
+        ) from error
 
 
 def load_model(path: Path, device) -> dict:
     """What a run wrote to model.pt. Raises BadInput."""
-    return load_torch(path, {"settings", "model", "classifier", "pca"}, device)
+    saved = load_torch(path, {"settings", "model", "classifier", "pca"}, device)
+    s = saved["settings"]
+    kinds = {"model": str, "dataset": str, "labels": int, "seed": int, "file": str | None}
+    if not all(isinstance(s.get(key), kind) for key, kind in kinds.items()):
+        raise BadInput(f"{path} was not written by this version of ssvae.py")
+    if s["model"] not in SETTINGS or not 0 <= s["seed"] < 2**63:
+        raise BadInput(f"{path} was not written by this version of ssvae.py")
+    return saved
 
 
-def restore(path: Path, saved: dict, data: Data) -> tuple[nn.Module, KNN | None]:
+def rebuild(path: Path, saved: dict, data: Data) -> tuple[nn.Module, KNN | None]:
     """The model in what load_model read, and for M1 the classifier on its features.
 
     Raises BadInput if they do not fit each other or the data.
     """
-    s, classifier = saved["settings"], None
+    s, x, classifier = saved["settings"], pixels(data.x_test[:2]), None
     try:
         if s["model"] == "m2":
-            model = new_m2(s, data.x_test.shape[1], data.y_dim, data.likelihood)
+            model = new_m2(s, x.shape[1], data.y_dim, data.likelihood)
         else:
-            prefix = "m1_" if s["model"] == "m1+m2" else ""
-            model = M1(
-                data.x_test.shape[1], s[prefix + "z_dim"], s[prefix + "hidden"], data.likelihood
-            )
+            m1_ = "m1_" if s["model"] == "m1+m2" else ""
+            model = M1(x.shape[1], s[m1_ + "z_dim"], s[m1_ + "hidden"], data.likelihood)
         if s["model"] == "m1+m2":
             active = saved["model"]["active"]
             model = M1M2(model, new_m2(s, len(active), data.y_dim, "gaussian"), active)
         model.load_state_dict(saved["model"])
+        model.to(x.device).eval()
         if s["model"] == "m1":
             classifier = KNN(**saved["classifier"])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        scores = classifier(model.encode(x)[0]) if classifier else model.classify(x)
+        if scores.shape != (len(x), data.y_dim):
+            raise ValueError
+    except Exception as error:  # of a file not written by this program: torch raises many kinds
         raise BadInput(f"{path} does not fit this model and data") from error
-    return model.to(data.x_test.device).eval(), classifier
+    return model, classifier
 
 
 def new_m2(s: dict, x_dim: int, y_dim: int, likelihood: str) -> M2:
     """An untrained M2 with these settings."""
-    return M2(
-        x_dim,
-        y_dim,
-        s["z_dim"],
-        s["hidden"],
-        likelihood,
-        s["batch_norm"],
-        s["dropout"],
-        s["threshold"],
-    )
+    names = ("z_dim", "hidden", "batch_norm", "dropout", "threshold")
+    return M2(x_dim, y_dim, likelihood=likelihood, **{name: s[name] for name in names})
 
 
 def fingerprint(path: str | Path) -> str:
@@ -1656,25 +1668,22 @@ def evaluate_saved(args: argparse.Namespace) -> int:
     saved = load_model(args.load, device)
     s = saved["settings"]
     given = {"model": args.model, "labels": args.labels, "seed": args.seed}
-    if args.dataset and not args.dataset.endswith(".npz"):
+    dataset = args.dataset or s["dataset"]
+    if s["file"]:  # the user's own npz file, maybe elsewhere by now
+        checksum, _, name = s["file"].partition(" of ")
+        dataset = args.dataset or name
+        if Path(dataset).is_file() and fingerprint(dataset).partition(" of ")[0] != checksum:
+            raise BadInput(f"--load: {args.load} was trained on {s['file']}, not on {dataset}")
+    else:
         given["dataset"] = args.dataset
     for key, value in given.items():
-        if value is not None and value != s.get(key):
-            raise BadInput(f"--load: {args.load} was trained with {key} {s.get(key)}, not {value}")
-    dataset = s["dataset"]
-    if s["file"]:  # the user's own npz file, maybe elsewhere by now
-        dataset = args.dataset or s["file"].split(" of ", 1)[1]
-        if Path(dataset).is_file() and fingerprint(dataset).split()[1] != s["file"].split()[1]:
-            raise BadInput(f"--load: {args.load} was trained on {s['file']}, not on {dataset}")
+        if value is not None and value != s[key]:
+            raise BadInput(f"--load: {args.load} was trained with {key} {s[key]}, not {value}")
     data = load_data(dataset, args.data_dir, s["labels"], s["seed"], device, saved["pca"])
-    model, classifier = restore(args.load, saved, data)
+    model, classifier = rebuild(args.load, saved, data)
     classify = (lambda x: classifier(model.encode(x)[0])) if classifier else model.classify
-    folder = args.out_dir or args.load.parent
-    make_folder(folder)
     results = s | evaluate(model, classify, data)
-    for name, picture in pictures(model, classify, data).items() if not args.no_images else ():
-        save_picture(folder / name, picture)
-    print(summary(results | {"seconds": time.perf_counter() - start}))
+    print(summary(results | {"seconds": time.perf_counter() - start}), flush=True)
     if args.nll:
         images = data.x_test[:1000]
         bound = mean_bound(model, images, data.likelihood)
@@ -1683,7 +1692,16 @@ def evaluate_saved(args: argparse.Namespace) -> int:
             f"the first {len(images)} test images: bound {bound:.2f} nats, log p(x) "
             f"{log_p:.2f} nats by importance sampling with {args.nll} draws"
         )
+    if not args.no_images:
+        draw(args.out_dir or args.load.parent, model, classify, data)
     return 0
+
+
+def draw(folder: Path, model: nn.Module, classify, data: Data) -> None:
+    """Write the pictures of a trained model."""
+    make_folder(folder)
+    for name, picture in pictures(model, classify, data).items():
+        save_picture(folder / name, picture)
 
 
 def make_folder(folder: Path) -> None:
@@ -1711,6 +1729,8 @@ def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, d
                 return results, None
             raise BadInput(f"{folder} holds another run; give another --out-dir or --overwrite")
         if not (folder / "checkpoint.pt").exists():
+            if (folder / "model.pt").exists():
+                raise BadInput(f"{folder} holds a model.pt; give another --out-dir or --overwrite")
             return None, None
     except (OSError, ValueError, AttributeError) as error:
         raise BadInput(f"cannot read {folder} ({error}); give another --out-dir") from error
@@ -1743,12 +1763,20 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
     s_m1 = s if args.model == "m1" else SETTINGS["m1"] | overrides.get("m1", {})
     s_m1["epochs"] = args.m1_epochs or s_m1["epochs"]
     m1 = None
+    folder = args.out_dir
+    if folder is None:
+        folder = Path("runs") / f"{args.model}-{data.name}-{len(data.x_l)}-{args.seed}"
     if args.m1:  # one of another seed has seen, unlabelled, images that are validation images here
         s_m1 = saved_m1["settings"]
-        for name, value in (("model", "m1"), ("dataset", data.name)):
-            if s_m1.get(name) != value:
-                raise BadInput(f"--m1 {args.m1} has {name} {s_m1.get(name)}, not {value}")
-        m1, _ = restore(args.m1, saved_m1, data)
+        expected = {"model": "m1", "dataset": data.name, "seed": args.seed}
+        for key, value in expected.items():
+            if s_m1[key] != value:
+                raise BadInput(f"--m1 {args.m1} has {key} {s_m1[key]}, not {value}")
+        if args.overwrite and args.m1.resolve().parent == folder.resolve():
+            raise BadInput("--overwrite would remove the --m1 file; give another --out-dir")
+        m1, _ = rebuild(args.m1, saved_m1, data)
+        if args.model == "m1":
+            s = {key: s_m1[key] for key in SETTINGS["m1"]}
     precision = args.precision
     if precision == "auto":
         precision = "bfloat16" if bfloat16_is_faster(device) else "float32"
@@ -1771,8 +1799,6 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
     settings = json.loads(json.dumps(settings))  # tuples become lists, as they will in the files
 
     # What is in the folder already?
-    name = f"{args.model}-{data.name}-{len(data.x_l)}-{args.seed}"
-    folder = args.out_dir or Path("runs") / name
     results, saved = find_run(folder, settings, args, device)
     if results:
         print(summary(results))
@@ -1780,7 +1806,8 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
         return 0
     make_folder(folder)
     if args.overwrite:
-        for name in ("results.json", "checkpoint.pt", "model.pt", "log.csv", *PICTURES):
+        pictures_of_old = [name + ".png" for name in PICTURES]
+        for name in ("results.json", "checkpoint.pt", "model.pt", "log.csv", *pictures_of_old):
             try:
                 (folder / name).unlink(missing_ok=True)
             except OSError as error:
@@ -1796,13 +1823,13 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
             m1 = M1(x_dim, s_m1["z_dim"], s_m1["hidden"], data.likelihood).to(device)
             no_labels = data._replace(x_l=images[:0], y_l=data.y_l[:0], x_u=images)
 
-            def nearest(x):  # needs no training: for the progress lines
-                z_l = m1.encode(pixels(data.x_l))[0]
+            def one_nearest(x):  # needs no training: for the progress lines
+                z_l = features(m1, data.x_l)
                 return KNN(z_l, F.one_hot(data.y_l, data.y_dim).float(), 1)(m1.encode(x)[0])
 
             run.begin("m1", s_m1["epochs"])
             if not (saved and saved["stage"] == "m1+m2"):
-                train(m1, no_labels, s_m1, run, nearest)
+                train(m1, no_labels, s_m1, run, one_nearest)
     torch.manual_seed(args.seed)
     if args.model == "m1":
         z = features(m1, images)
@@ -1838,9 +1865,9 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
     save_torch(folder / "model.pt", weights)
     write_file(folder / "results.json", json.dumps(results, indent=2).encode())
     (folder / "checkpoint.pt").unlink(missing_ok=True)
-    for name, picture in pictures(model, classify, data).items() if not args.no_images else ():
-        save_picture(folder / name, picture)
     print(summary(results))
+    if not args.no_images:
+        draw(folder, model, classify, data)
     print(f"Written to {folder}/")
     return 0
 
@@ -1876,15 +1903,16 @@ def reproduce(args: argparse.Namespace) -> int:
                 out = go(model, N, seed, "--m1", out / "model.pt")
         results[model, N, seed] = json.loads((out / "results.json").read_text())
         spent[model].append(results[model, N, seed]["seconds"])
-        table = write_table(folder, args.dataset, models, args.labels, results)
+        table = write_table(folder, models, args.labels, results)
         left = sum(np.mean(spent[m]) for _, _, m in cells[done:] if spent[m]) / 60
         print(f"{done} of {len(cells)} runs done, about {left:.0f} minutes left\n", flush=True)
     print(f"\n{table}\nWritten to {folder}/")
     return 0
 
 
-def write_table(folder: Path, dataset: str, models: list, labels: list, results: dict) -> str:
+def write_table(folder: Path, models: list, labels: list, results: dict) -> str:
     """table.md, which is returned, and table.json: test error in %, mean +- std over the seeds."""
+    dataset = next(iter(results.values()))["dataset"]
     lines = [f"Test error in %, {dataset}: mean +- standard deviation (the paper's)", ""]
     lines += ["| N | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
     for N in labels:
@@ -1893,7 +1921,7 @@ def write_table(folder: Path, dataset: str, models: list, labels: list, results:
             errors = [r["test_error"] for (m, n, _), r in results.items() if (m, n) == (model, N)]
             cell = f"{np.mean(errors):.2f}" if errors else "-"
             cell += f" +- {np.std(errors, ddof=1):.2f}" if len(errors) > 1 else ""
-            paper = PAPER[model].get(N) if dataset in ("auto", "mnist") else None
+            paper = PAPER[model].get(N) if dataset == "mnist" else None
             cells.append(cell + (f" ({paper[0]:.2f} +- {paper[1]:.2f})" if paper else ""))
         lines.append(f"| {N} | " + " | ".join(cells) + " |")
     text = "\n".join(lines) + "\n"

@@ -629,7 +629,7 @@ def test_continuous_images_train(tmp_path, monkeypatch, dataset, model):
     assert np.isfinite(results["bound"])
     again = ssvae.load_model(out / "model.pt", "cpu")
     data = ssvae.load_data(dataset, tmp_path, 20, 0, "cpu", again["pca"])
-    restored, _ = ssvae.restore(out / "model.pt", again, data)
+    restored, _ = ssvae.rebuild(out / "model.pt", again, data)
     assert ssvae.mean_bound(restored, data.x_test, data.likelihood) == results["bound"]
     assert (out / "samples.png").stat().st_size > 1000
 
@@ -755,7 +755,8 @@ def test_load_evaluates_and_redraws(small, tmp_path, capsys):
     np.savez(other, **{**np.load(small), "y_test": np.zeros(600, dtype=int)})
     for wrong in (
         ("--model", "m2"), ("--labels", 50), ("--seed", 3), ("--epochs", 3), ("--dataset", "mnist"),
-        ("--dataset", other), ("--resume",), ("--m1", out / "model.pt"),
+        ("--dataset", other), ("--resume",), ("--m1", out / "model.pt"), ("--overwrite",),
+        ("--classifier", "knn"), ("--seeds", 2), ("--labels", 100, 200), ("--alpha", 0),
     ):  # fmt: skip
         run("--load", out / "model.pt", *wrong, code=2)
         assert capsys.readouterr().err.count("\n") == 1
@@ -806,10 +807,11 @@ def outcome(folder):
 def assert_same(one, other):
     (weights, *rest), (other_weights, *other_rest) = one, other
     assert rest == other_rest
-    for part in weights.keys() - {"settings"}:
-        assert weights[part].keys() == other_weights[part].keys()
-        for key in weights[part]:
-            assert torch.equal(weights[part][key], other_weights[part][key]), key
+    for part in ("model", "classifier"):
+        assert (weights[part] is None) == (other_weights[part] is None)
+        for key, value in (weights[part] or {}).items():
+            other_value = other_weights[part][key]
+            assert torch.equal(value, other_value) if key != "k" else value == other_value
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -1093,6 +1095,57 @@ def test_damaged_checkpoints_are_refused(small, tmp_path, monkeypatch, capsys):
         err = capsys.readouterr().err
         assert err.startswith("ssvae: ") and err.count("\n") == 1
     assert not (tmp_path / "was run").exists()
+
+
+def test_altered_models_are_refused(small, tmp_path, capsys):
+    """model.pt with settings, weights or classifier that do not belong there: code 2, one line."""
+    out = tmp_path / "out"
+    wrong = {
+        "m1": [("settings", "text"), ("settings", {}), ("classifier", None), ("model", {}),
+               ("classifier", {"points": torch.ones(3, 4), "votes": torch.ones(3, 10), "k": 1}),
+               ("labels", "six"), ("seed", "x"), ("seed", 2**70), ("file", "crc32"), ("file", 3),
+               ("model name", "m3"), ("model name", "m2"), ("hidden", "wide"), ("z_dim", 10**9)],
+        "m1+m2": [("active", torch.tensor([99])), ("active", torch.tensor([0.5])), ("active", 3)],
+    }  # fmt: skip
+    for model, changes in wrong.items():
+        run(*quick(model), "--dataset", small, "--out-dir", out, "--overwrite", "--no-images")
+        for key, value in changes:
+            content = torch.load(out / "model.pt", weights_only=True)
+            if key in content:
+                content[key] = value
+            elif key == "active":
+                content["model"]["active"] = value
+            else:
+                content["settings"]["model" if key == "model name" else key] = value
+            torch.save(content, tmp_path / "bad.pt")
+            capsys.readouterr()
+            lines = [("--load", tmp_path / "bad.pt", "--out-dir", tmp_path / "none")]
+            if model == "m1" and key not in ("classifier", "labels", "file"):
+                lines += [("--m1", tmp_path / "bad.pt", "--model", "m1+m2", "--dataset", small)]
+            for line in lines:
+                run(*line, code=2)
+                assert capsys.readouterr().err.count("\n") == 1, (key, value)
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_m1_keeps_its_settings_and_is_not_lost(small, tmp_path, capsys):
+    """--model m1 --m1 FILE records what M1 was trained with; no run overwrites the file."""
+    first = ("--model", "m1", "--dataset", small, "--epochs", 1, "--no-images")
+    run(*first, "--z-dim", 7, "--out-dir", tmp_path / "a")
+    m1 = tmp_path / "a" / "model.pt"
+    run("--model", "m1", "--dataset", small, "--m1", m1, "--out-dir", tmp_path / "b", "--no-images")
+    results = json.loads((tmp_path / "b" / "results.json").read_text())
+    assert (results["z_dim"], results["epochs"]) == (7, 1)
+    run("--load", tmp_path / "b" / "model.pt", "--no-images")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "model.pt").write_bytes(m1.read_bytes())
+    stack = ("--model", "m1+m2", "--dataset", small, "--epochs", 1, "--no-images")
+    kept = ("--m1", tmp_path / "c" / "model.pt", "--out-dir", tmp_path / "c")
+    run(*stack, *kept, code=2)
+    run(*stack, *kept, "--overwrite", code=2)
+    assert (tmp_path / "c" / "model.pt").read_bytes() == m1.read_bytes()
+    run(*stack, "--m1", m1, "--seed", 3, "--out-dir", tmp_path / "d", code=2)
+    assert "seed" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits and signals of Unix")
