@@ -1199,10 +1199,11 @@ def curves(rows: list[dict]):
     titles = {"bound": "bound on log p(x), nats", "valid_error": "validation error, %"}
     for left, (key, title) in zip((80, 570), titles.items()):
         values = [row[key] for row in rows]
-        shown = values[len(values) // 10 :]  # the first tenth falls from far off the page
-        low, span = min(shown), (max(shown) - min(shown)) or 1.0
+        first = len(values) // 10  # the first tenth comes from far off the page
+        low, high = min(values[first:]), max(values[first:])
+        span = (high - low) or 1.0
         at = [
-            (left + 360 * (i + 0.5) / len(values), 300 - 250 * min(max((v - low) / span, 0), 1))
+            (left + 360 * (i + 0.5) / len(values), 300 - 250 * (v - low) / span)
             for i, v in enumerate(values)
         ]
         draw.text((left, 20), title, fill="black", font_size=16)
@@ -1218,10 +1219,10 @@ def curves(rows: list[dict]):
             if rows[i]["stage"] != rows[i - 1]["stage"]:  # the stack: M1, then M2 on top
                 x = (at[i - 1][0] + at[i][0]) / 2
                 draw.line((x, 45, x, 305), fill="grey")
-                draw.text((x - 6, 50), "M1", fill="grey", anchor="ra", font_size=13)
-                draw.text((x + 6, 50), "M2 on z1", fill="grey", font_size=13)
-        draw.line(at, fill="navy", width=2)
-        for x, y in at:
+                draw.text((x - 6, 300), "M1", fill="grey", anchor="rb", font_size=13)
+                draw.text((x + 6, 300), "M2 on z1", fill="grey", anchor="lb", font_size=13)
+        draw.line(at[first:], fill="navy", width=2)
+        for x, y in at[first:]:
             draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill="navy")
     return page
 
