@@ -13,7 +13,7 @@ other images, unlabelled, teach it the rest? If we model how images arise, p(x),
 and a style, then to explain the unlabelled images well is to find out which class each belongs to.
 
 THE MODELS.  Circles in (parentheses) are latent, boxes in [brackets] observed, arrows generate.
-z is the style: everything about the image that is not the class.
+In M2, z is the style: what is not the class. (M1's z is all there is to say about the image.)
 
     M1 (section 2.1)          M2 (section 2.2)              M1+M2 (section 3.1.3)
 
@@ -90,12 +90,14 @@ SETTINGS = {
         "lr": 2e-3,
         "z_dim": 50,
         "hidden": (500, 500),
-        "batch_norm": False,  # in q(z|x,y) and p(x|y,z); the classifier q(y|x) always has it
+        # Batch normalisation in q(z|x,y) and p(x|y,z) (q(y|x) and M1 always have it): on pixels a
+        # better bound but a worse classifier; on z1 needed, or z2 collapses (see M1.objective).
+        "batch_norm": False,
         "dropout": 0.5,  # in the classifier
-        "alpha": 10.0,  # of the classification loss, per image: a in WHAT ALPHA IS (paper: 0.1)
+        "alpha": 10.0,  # weight of the classification loss per image (see WHAT ALPHA IS)
         "balance": 5.0,  # of the KL that keeps classes equally frequent (see M2.objective)
         "ramp": 0.5,  # fraction of training in which unlabelled images fade in (see M2.objective)
-        "threshold": 0.01,  # on CPUs, labels with q(y|x) below it are left out of U (see M2)
+        "threshold": 0.01,  # labels with q(y|x) below it are left out of U (see M2); 0 on GPUs
     },
     "m1+m2": {
         "epochs": 100,
@@ -117,7 +119,7 @@ SETTINGS = {
 # labels N, and what differs from SETTINGS for a model.
 DATASETS = {
     "mnist": {"likelihood": "bernoulli", "labels": 100},
-    "fashion": {  # by validation error with N = 1000
+    "fashion": {  # differences chosen by the validation error with N = 1000
         "likelihood": "bernoulli",
         "labels": 100,
         "m1": {"ramp": 0.5},  # 22 active dimensions instead of 13
@@ -251,7 +253,7 @@ def fade_in(t: float, ramp: float) -> float:
 # Bernoulli: a pixel is on or off. Right for ink on paper; grey is read as the probability of on.
 # Gaussian: x is any real number, its noise independent from dimension to dimension. Right for
 # shades and colours once neighbouring pixels, far from independent, are rotated to principal
-# components (see PCA). It also gives probability to values that no image has.
+# components (section 7). It also gives probability to values that no image has.
 LIKELIHOODS = {
     "bernoulli": (1, log_bernoulli, torch.sigmoid),  # one logit a pixel
     "gaussian": (2, log_gaussian, lambda mu, logvar: mu),  # a mean and a log-variance a dimension
@@ -271,8 +273,8 @@ LIKELIHOODS = {
 #     -J(x) = log p(x) - KL( q(z|x) || p(z|x) ),
 # so lowering J raises log p(x) or draws q(z|x) to the true posterior: fitting the model and doing
 # inference are one minimisation. The first term of -J rewards z that reconstructs x; the KL is the
-# price of what z says about x: its mean over x is their mutual information plus the divergence of
-# the mean q(z) from p(z).
+# price of what z says about x: its mean over x is the mutual information of x and z plus the
+# divergence of the mean q(z) from p(z).
 
 
 class M1(nn.Module):
@@ -305,6 +307,8 @@ class M1(nn.Module):
 
     def objective(self, x_l, y_l, x_u, labelled: float, t: float, s) -> Tensor:
         """Training loss, a scalar in nats per image; t in [0, 1] is how much of training is done.
+
+        (The arguments are M2's; M1 has all its images in x_u and uses no labels.)
 
         Why the ramp. Early on the decoder is too poor to use z, so the cheapest thing a latent
         dimension can do is to pay no KL: q(z_d|x) = p(z_d). The decoder then learns to ignore it,
@@ -371,7 +375,8 @@ class M1(nn.Module):
 # here N + M. Divide J^alpha by it and everything is per image, whatever the size of the set:
 #     J^alpha / (N + M) = mean of the bound terms + a * mean_labelled[ -log q(y|x) ],
 # a = alpha / (N + M). This a is our --alpha: 0.1 is the paper's. Reading N as the number of labels
-# would make the classification loss (N + M) / N times weaker: 500 times for 100 of 50,000 images.
+# would make the classification loss (N + M) / N times weaker: 500 times for 100 of 50,000 images
+# (of MNIST's 60,000, 10,000 are set aside for validation).
 #
 # SUMMING OVER y FOR LESS. Eq. 7 holds for any distribution over y. Take q(y|x), drop the labels to
 # which it gives less than a threshold, and renormalise what is left to q~(y|x): U with q~ in place
@@ -445,9 +450,10 @@ class M2(nn.Module):
         threshold = self.threshold if threshold is None else threshold
         keep = log_q.exp() >= threshold  # [B, K]; the largest is >= 1/K and stays
         log_q = log_q - (log_q.exp() * keep).sum(-1, keepdim=True).log()  # log q~(y|x)
-        # List the kept pairs: number p is (x[i[p]], y[p]). All B * K are known without asking the
-        # device; fewer are counted, and their list is repeated from its start up to a multiple of
-        # B/2: CPU libraries prepare anew for every shape they meet, so let them meet few.
+        # List the kept pairs: number p is (x[i[p]], y[p]). At threshold 0 these are all B * K.
+        # Otherwise they are counted, and the list is repeated from its start up to a multiple of
+        # B/2: CPU libraries prepare anew for every shape they meet, so let them meet few. (The
+        # repeated pairs count for nothing in the sum; batch normalisation does see them.)
         n = B * K if threshold == 0 else int(keep.sum())
         P = n if threshold == 0 else math.ceil(2 * n / B) * math.ceil(B / 2)
         p = torch.arange(P, device=x.device)
@@ -472,8 +478,8 @@ class M2(nn.Module):
 
         labelled = N / (N + M). The N labelled images are few, so every minibatch takes many of
         them beside its unlabelled ones. The two means are weighed by their shares of the whole set,
-        not of the minibatch, so this estimates J^alpha / (N + M), if ramp = 1 and balance = 0.
-        alpha is a of WHAT ALPHA IS; ramp multiplies U; balance multiplies
+        not of the minibatch, so this estimates J^alpha / (N + M), if ramp = 1, balance = 0 and the
+        threshold is 0. alpha is the weight per image; ramp multiplies U; balance multiplies
         KL( p(y) || mean of q(y|x) over x_u ). log_q = log q(y|x) of x_l and x_u, [B, K], where it
         is not this model's own function of x (the stack).
         """
@@ -496,14 +502,16 @@ class M2(nn.Module):
 
         The failure to avoid: q(y|x) soon fits the few labels and is certain everywhere, right or
         wrong. In eq. 7 it then sees only its own guess, and the generative model learns the wrong
-        class from it. So U fades in from weight 0 to 1 while t goes from 0 to s["ramp"] (the
-        labels speak first), dropout keeps q(y|x) from fitting them too closely, and an alpha larger
-        than the paper's keeps the few labels from being outvoted by the many guesses. And no class
-        may swallow another: in the model the mean of p(y|x) over images is p(y), so the mean of
-        q(y|x) is drawn to p(y) as well: over all images that KL is 0 for a right q(y|x), if the
-        classes are as frequent as p(y) says. After the ramp the loss is J^alpha / (N + M) and
-        balance times this KL. (At t = 0 the decoder has only L, with weight N / (N + M); Adam's
-        steps do not depend on the scale of the loss.)
+        class from it. Four things work against that. U fades in from weight 0 to 1 while t goes
+        from 0 to s["ramp"]: q(y|x) hears the labels (alpha) before it hears the generative model,
+        which at first has no opinion worth hearing. (The generative model itself sees mostly U
+        after a few steps; its gradients are small then, but Adam's steps hardly depend on scale.)
+        Dropout keeps q(y|x) from fitting the labels too closely. An alpha larger than the paper's
+        keeps them from being outvoted by the many guesses. And no class may swallow another: in the
+        model the mean of p(y|x) over images is p(y), so the mean of q(y|x) is drawn to p(y) as
+        well: over all images that KL is 0 for a right q(y|x), if the classes are as frequent as
+        p(y) says. It is not faded in: classes are swallowed early. After the ramp the loss is
+        J^alpha / (N + M), with the sum over y as the threshold has it, and balance times this KL.
         """
         ramp = fade_in(t, s["ramp"])
         return self.J_alpha(x_l, y_l, x_u, labelled, s["alpha"], ramp, s["balance"], log_q)
@@ -561,8 +569,8 @@ class M2(nn.Module):
 # p(z1|y,z2), on a fresh draw z1 ~ q(z1|x) at every visit of x. For labelled x, log p(x,y) has the
 # same bound with -L(z1,y) <= log p(z1,y) in place of -U(z1). In U stands q(y|x): eq. 7 holds for
 # any distribution over y, so the classifier need not see the draw z1. It sees the mean of q(z1|x),
-# without its noise, as it will at the test. (The authors' sees the draw in training, the mean at
-# the test.)
+# without its noise, as it will at the test (there, of the grey image; the authors' classifier sees
+# the draw in training and the mean at the test).
 # What two stages give up: the bound is still a bound, but no longer maximised over all parameters
 # together; q(z1|x) was fitted to another prior and does not learn of the classes.
 # M1 leaves some dimensions unused: their mean does not vary and q(z1_d|x) is close to N(0, 1). They
@@ -672,9 +680,9 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=10, a=0.3, steps=100, spread=0.3)
     A support vector machine has one score f_k a class. Write t_k(y) = +1 if k = y, else -1: it
     wants t_k(y) f_k >= 1 and pays for what is missing, here by its square:
         hinge(f, y) = sum_k max(0, 1 - t_k(y) f_k)^2.
-    Without more, any f fits the N labels. The usual remedy is a small norm of f in a kernel's
+    Without more, many f fit the N labels. The usual remedy is a small norm of f in a kernel's
     space; ours is that f be smooth where the data are: let m_i be the mean of f over the k nearest
-    neighbours of point i. An unlabelled point has no y, so y is minimised over as well:
+    neighbours of point i. An unlabelled point has no y, so y is minimised over as well. The aim:
         sum_i |f_i - m_i|^2 + infinity * sum_labelled hinge(f_i, y_i)
                             + a * sum_unlabelled min_y hinge(f_i, y).
     The last term is what makes it transductive: it pushes unlabelled points to a side, and so the
@@ -682,11 +690,12 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=10, a=0.3, steps=100, spread=0.3)
     y = argmax_k f_k (changing y from k to j adds g(f_j) - g(f_k), and the function
     g(f) = max(0, 1 - f)^2 - max(0, 1 + f)^2 decreases in f).
 
-    All points at once minimise their own terms, given their neighbours' last scores (svm_step; the
-    labelled ones are held at +1 and -1), again and again. Two things guard against poor answers.
+    It is approached, not solved: all points at once minimise their own terms, given their
+    neighbours' last scores (svm_step with y the argmax of m, which f keeps; the labelled ones are
+    held at +1 and -1), again and again. Two things guard against poor answers.
     First only the labels spread, without the last term, from f = -1 (of no class): a guess costs
-    much if it is made too soon. After that every class is held to its share: (m + 1) / 2, about 1
-    within the class and 0 elsewhere, is scaled to a mean of 1/K.
+    much if it is made too soon. After that every class is held to its share, taken to be 1/K as
+    p(y) has it: (m + 1) / 2, about 1 within the class and 0 elsewhere, is scaled to that mean.
     """
     N, t_l = len(y_l), 2.0 * F.one_hot(y_l, y_dim) - 1
     neighbours = nearest(z, z, k + 1)[:, 1:]  # the nearest is the point itself, or its double
@@ -733,6 +742,22 @@ class Data(NamedTuple):
     y_valid: Tensor
     x_test: Tensor
     y_test: Tensor
+
+
+def pixels(images: Tensor) -> Tensor:
+    """Stored images as float32: pixels in [0, 1], or coordinates of principal components."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def observe(images: Tensor, likelihood: str) -> Tensor:
+    """Draw the x that the models see from stored images: [B, D] -> [B, D] float32.
+
+    Bernoulli: a grey pixel is read as the probability that the pixel is on, and binary images are
+    drawn from it, afresh at every visit. So the bound is one on the log probability of a binary
+    image, and every epoch sees other ones. Gaussian: x is what is stored.
+    """
+    x = pixels(images)
+    return (torch.rand_like(x) < x).float() if likelihood == "bernoulli" else x
 
 
 def glyphs(n: int = 70_000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -1006,22 +1031,6 @@ def load_data(
     return Data(name, shape, y_dim, row["likelihood"], pca, *(a.to(device) for a in tensors))
 
 
-def pixels(images: Tensor) -> Tensor:
-    """Stored images as float32: pixels in [0, 1], or coordinates of principal components."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images
-
-
-def observe(images: Tensor, likelihood: str) -> Tensor:
-    """Draw the x that the models see from stored images: [B, D] -> [B, D] float32.
-
-    Bernoulli: a grey pixel is read as the probability that the pixel is on, and binary images are
-    drawn from it, afresh at every visit. So the bound is one on the log probability of a binary
-    image, and every epoch sees other ones. Gaussian: x is what is stored.
-    """
-    x = pixels(images)
-    return (torch.rand_like(x) < x).float() if likelihood == "bernoulli" else x
-
-
 # =================================================================================================
 # 8. TRAINING: one loop for all three models
 # =================================================================================================
@@ -1056,8 +1065,9 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> N
     N, M, device = len(data.x_l), len(data.x_u), data.x_l.device
     n_l = min(N, s.get("batch_labelled", 0))  # labelled images in a minibatch
     n_u = min(M, s["batch_size"])  # unlabelled images in it
-    # An epoch sees all unlabelled images (but for a last, smaller minibatch); every minibatch has
-    # n_l labelled images drawn afresh: for N <= n_l, all of them.
+    # An epoch sees all unlabelled images (but for a last, smaller minibatch), or more rounds of
+    # them if the labelled ones need more steps; every minibatch has n_l labelled images drawn
+    # afresh, for N <= n_l all of them. (M1's data have N = 0: all its images are unlabelled.)
     steps = max(M // n_u if M else 0, math.ceil(N / n_l) if N else 0)
     rounds = math.ceil(steps * n_u / M) if M else 0
     optimizer = torch.optim.Adam(
@@ -1137,8 +1147,9 @@ def log_likelihood(model: nn.Module, images: Tensor, likelihood: str, draws: int
 
     model.log_weight draws log w with E[w] = p(x). So the mean of w over S draws estimates p(x)
     without bias, and its log, log p(x): by Jensen too low on average, but less so the larger S is.
-    (M1 with one draw: the bound itself. M2 sums over y exactly, and gains already there.) How far
-    it lies above the bound estimates the bound's gap, the mean KL between q and the true posterior.
+    (M1 with one draw: the bound itself. M2's sum over y is exact, so one draw already beats it.)
+    How far it lies above the bound estimates, from below, the bound's gap: the mean KL between q
+    and the true posterior.
     """
     torch.manual_seed(0)
     estimates = []
@@ -1156,9 +1167,12 @@ def features(m1: M1, images: Tensor) -> Tensor:
 
 
 def active_dimensions(m1: M1, images: Tensor) -> Tensor:
-    """Indices of the z_d whose mean varies over the images: std > 0.1, as the authors have it."""
+    """Indices of the z_d whose mean varies over the images: std > 0.1, as the authors have it.
+
+    Without any such dimension, those that vary at least half as much as the most varying one.
+    """
     std = features(m1, images).std(0)
-    return (std >= min(0.1, std.max() / 2)).nonzero().squeeze(1)  # never none
+    return (std >= min(0.1, std.max() / 2)).nonzero().squeeze(1)
 
 
 # =================================================================================================
