@@ -320,7 +320,7 @@ def test_losses_and_gradients_stay_finite(fill, size, bf16):
     """All-black and all-white images, tiny minibatches, certain classifiers, both precisions."""
     torch.manual_seed(0)
     x, y = torch.full((size, 20), fill), torch.arange(size) % 2
-    s = {"alpha": 1.0, "ramp": 0.0, "balance": 1.0}
+    s = {"alpha": 1.0, "beta": 1.0, "ramp": 0.0, "balance": 1.0}
     m1, m2 = M1(20, 3, (8,)), M2(20, 2, 3, (8,), threshold=0.01)
     m2.q_y[-1].bias.data = torch.tensor([1e4, -1e4])
     stack = M1M2(M1(20, 3, (8,)), M2(3, 2, 1, (8,), likelihood="gaussian"), torch.arange(3)).train()
@@ -353,7 +353,7 @@ def test_shapes_and_settings_at_random(seed):
     assert (ssvae.kl_gaussian(mu, logvar) >= 0).all()
     if likelihood == "bernoulli":  # probabilities: every term of the bound is a cost
         assert (m1.J(x) > 0).all() and (m2.L(x, y) > 0).all()
-    s = {"alpha": 1.0, "ramp": 0.5, "balance": 1.0}
+    s = {"alpha": 1.0, "beta": 1.0, "ramp": 0.5, "balance": 1.0}
     for model in (m1, m2):
         model.objective(x, y, x, 0.5, float(rng.random()), s).backward()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
@@ -1289,7 +1289,7 @@ def test_classes_can_be_pasted_elsewhere():
     )
     imports += "\nimport torch.nn.functional as F\n"
     x, y = (torch.rand(50, 20) < 0.5).float(), torch.arange(50) % 2
-    s = {"alpha": 1.0, "ramp": 0.0, "balance": 1.0}
+    s = {"alpha": 1.0, "beta": 1.0, "ramp": 0.0, "balance": 1.0}
     for pasted, make in (
         (m1, "M1(20, 3, (8,))"),
         (m2, "M2(20, 2, 3, (8,))"),
