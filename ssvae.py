@@ -144,13 +144,6 @@ DATASETS = {
     "colour npz": {"likelihood": "gaussian", "labels": 100},
 }
 
-# The paper's test errors in % (Table 1: mean, +-) for MNIST, shown beside ours at the end of a run.
-PAPER = {
-    "m1": {100: (11.82, 0.25), 600: (5.72, 0.05), 1000: (4.24, 0.07), 3000: (3.49, 0.04)},
-    "m2": {100: (11.97, 1.71), 600: (4.94, 0.13), 1000: (3.60, 0.56), 3000: (3.92, 0.63)},
-    "m1+m2": {100: (3.33, 0.14), 600: (2.59, 0.05), 1000: (2.40, 0.02), 3000: (2.18, 0.04)},
-}
-
 # =================================================================================================
 # 2. BUILDING BLOCKS shared by the three models
 # =================================================================================================
@@ -1246,7 +1239,8 @@ def curves(rows: list[dict]):
     return page
 
 
-PICTURES = ("curves", "reconstructions", "samples", "analogies", "styles", "mistakes")
+PICTURES = ["curves", "reconstructions", "samples", "analogies", "styles", "mistakes"]
+PICTURES = [name + ".png" for name in PICTURES]
 
 
 @torch.no_grad()
@@ -1360,6 +1354,13 @@ def load_torch(path: Path, keys: set[str], device) -> dict:
         raise BadInput(f"{path} was not written by ssvae.py")
     return content
 
+
+# The paper's test errors in % (Table 1: mean, +-) for MNIST, shown beside ours at the end of a run.
+PAPER = {
+    "m1": {100: (11.82, 0.25), 600: (5.72, 0.05), 1000: (4.24, 0.07), 3000: (3.49, 0.04)},
+    "m2": {100: (11.97, 1.71), 600: (4.94, 0.13), 1000: (3.60, 0.56), 3000: (3.92, 0.63)},
+    "m1+m2": {100: (3.33, 0.14), 600: (2.59, 0.05), 1000: (2.40, 0.02), 3000: (2.18, 0.04)},
+}
 
 CHECKPOINT_KEYS = {"settings", "stage", "epoch", "model", "optimizer", "rows", "seconds"}
 
@@ -1734,6 +1735,15 @@ def make_folder(folder: Path) -> None:
         ) from error
 
 
+def clear(folder: Path) -> None:
+    """Remove what a run has written to the folder. Raises BadInput."""
+    for name in ["results.json", "checkpoint.pt", "model.pt", "log.csv", *PICTURES]:
+        try:
+            (folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise BadInput(f"cannot remove {folder / name} ({error.strerror})") from error
+
+
 def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, dict | None]:
     """(results of a finished run, checkpoint of an unfinished one) in the folder, None where none.
 
@@ -1764,15 +1774,12 @@ def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, d
     return None, saved
 
 
-def train_and_evaluate(args: argparse.Namespace) -> int:
-    """What main() does without --load."""
-    device = pick_device(args.device)
-    saved_m1 = load_model(args.m1, device) if args.m1 else None
-    pca = saved_m1["pca"] if args.m1 else None
-    data = load_data(args.dataset, args.data_dir, args.labels, args.seed, device, pca)
+def choose_settings(args, data: Data, device, saved_m1: dict | None) -> tuple[dict, dict, dict]:
+    """(the model's settings, its M1's, and all that a result depends on, which goes into every
+    file and tells one run from another): the tables', unless the command line says otherwise.
 
-    # The settings s are the table's, unless the command line says otherwise. All that a result
-    # depends on goes into settings, which go into every file and tell one run from another.
+    Raises BadInput if --m1 does not belong to this data set and seed.
+    """
     overrides = DATASETS.get(data.name, {})
     s = SETTINGS[args.model] | overrides.get(args.model, {})
     for name in ("epochs", "batch_size", "lr", "z_dim", "alpha"):
@@ -1782,21 +1789,13 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
         s["threshold"] = 0.0  # counting the kept pairs would make the host wait at every step
     s_m1 = s if args.model == "m1" else SETTINGS["m1"] | overrides.get("m1", {})
     s_m1["epochs"] = args.m1_epochs or s_m1["epochs"]
-    m1 = None
-    folder = args.out_dir
-    if folder is None:
-        folder = Path("runs") / f"{args.model}-{data.name}-{len(data.x_l)}-{args.seed}"
-    if args.m1:  # one of another seed has seen, unlabelled, images that are validation images here
+    if saved_m1:  # one of another seed has seen, unlabelled, images that are validation images here
         s_m1 = saved_m1["settings"]
-        expected = {"model": "m1", "dataset": data.name, "seed": args.seed}
-        for key, value in expected.items():
+        for key, value in {"model": "m1", "dataset": data.name, "seed": args.seed}.items():
             if s_m1[key] != value:
                 raise BadInput(f"--m1 {args.m1} has {key} {s_m1[key]}, not {value}")
-        if args.overwrite and args.m1.resolve().parent == folder.resolve():
-            raise BadInput("--overwrite would remove the --m1 file; give another --out-dir")
-        m1, _ = rebuild(args.m1, saved_m1, data)
         if args.model == "m1":
-            s = {key: s_m1[key] for key in SETTINGS["m1"]}
+            s = {key: s_m1.get(key) for key in SETTINGS["m1"]}
     precision = args.precision
     if precision == "auto":
         precision = "bfloat16" if bfloat16_is_faster(device) else "float32"
@@ -1815,10 +1814,24 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
     if args.model == "m1":
         settings["classifier"] = args.classifier or "tsvm"
     if args.model == "m1+m2":
-        settings |= {"m1_" + name: s_m1[name] for name in SETTINGS["m1"]}
-    settings = json.loads(json.dumps(settings))  # tuples become lists, as they will in the files
+        settings |= {"m1_" + name: s_m1.get(name) for name in SETTINGS["m1"]}
+    return s, s_m1, json.loads(json.dumps(settings))  # tuples become lists, as in the files
+
+
+def train_and_evaluate(args: argparse.Namespace) -> int:
+    """What main() does without --load or --reproduce."""
+    device = pick_device(args.device)
+    saved_m1 = load_model(args.m1, device) if args.m1 else None
+    pca = saved_m1["pca"] if saved_m1 else None
+    data = load_data(args.dataset, args.data_dir, args.labels, args.seed, device, pca)
+    s, s_m1, settings = choose_settings(args, data, device, saved_m1)
+    m1 = rebuild(args.m1, saved_m1, data)[0] if saved_m1 else None
 
     # What is in the folder already?
+    name = f"{args.model}-{data.name}-{len(data.x_l)}-{args.seed}"
+    folder = args.out_dir or Path("runs") / name
+    if args.overwrite and args.m1 and args.m1.resolve().parent == folder.resolve():
+        raise BadInput("--overwrite would remove the --m1 file; give another --out-dir")
     results, saved = find_run(folder, settings, args, device)
     if results:
         print(summary(results))
@@ -1826,38 +1839,26 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
         return 0
     make_folder(folder)
     if args.overwrite:
-        pictures_of_old = [name + ".png" for name in PICTURES]
-        for name in ("results.json", "checkpoint.pt", "model.pt", "log.csv", *pictures_of_old):
-            try:
-                (folder / name).unlink(missing_ok=True)
-            except OSError as error:
-                raise BadInput(f"cannot remove {folder / name} ({error.strerror})") from error
+        clear(folder)
 
-    # Train: M1 where the model has one, then M1's classifier or M2.
+    # Train: M1 where the model has one and none is given, then M1's classifier or M2.
     run = Run(folder, settings, saved, images=not args.no_images)
-    x_dim, classifier = data.x_test.shape[1], None
-    if args.model != "m2":
-        images = torch.cat([data.x_l, data.x_u])
-        if m1 is None:
-            torch.manual_seed(args.seed)
-            m1 = M1(x_dim, s_m1["z_dim"], s_m1["hidden"], data.likelihood).to(device)
-            no_labels = data._replace(x_l=images[:0], y_l=data.y_l[:0], x_u=images)
-
-            def one_nearest(x):  # needs no training: for the progress lines
-                z_l = features(m1, data.x_l)
-                return KNN(z_l, F.one_hot(data.y_l, data.y_dim).float(), 1)(m1.encode(x)[0])
-
-            run.begin("m1", s_m1["epochs"])
-            if not (saved and saved["stage"] == "m1+m2"):
-                train(m1, no_labels, s_m1, run, one_nearest)
+    votes, x_dim = F.one_hot(data.y_l, data.y_dim).float(), data.x_test.shape[1]
+    images, classifier = torch.cat([data.x_l, data.x_u]), None
+    if args.model != "m2" and m1 is None:
+        torch.manual_seed(args.seed)
+        m1 = M1(x_dim, s_m1["z_dim"], s_m1["hidden"], data.likelihood).to(device)
+        no_labels = data._replace(x_l=images[:0], y_l=data.y_l[:0], x_u=images)
+        run.begin("m1", s_m1["epochs"])
+        if not (saved and saved["stage"] == "m1+m2"):
+            # For the progress lines, a classifier that needs no training: the nearest neighbour.
+            one_nearest = lambda x: KNN(features(m1, data.x_l), votes, 1)(m1.encode(x)[0])
+            train(m1, no_labels, s_m1, run, one_nearest)
     torch.manual_seed(args.seed)
     if args.model == "m1":
         z = features(m1, images)
-        if settings["classifier"] == "knn":
-            votes = F.one_hot(data.y_l, data.y_dim).float()
-            classifier = KNN(z[: len(votes)], votes, k=1)
-        else:
-            classifier = tsvm(z, data.y_l, data.y_dim)
+        knn = settings["classifier"] == "knn"
+        classifier = KNN(z[: len(votes)], votes, k=1) if knn else tsvm(z, data.y_l, data.y_dim)
         model, classify = m1, lambda x: classifier(m1.encode(x)[0])
     else:
         if args.model == "m2":
@@ -1865,12 +1866,12 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
         else:
             resumed = saved and saved["stage"] == "m1+m2"
             active = saved["model"]["active"] if resumed else active_dimensions(m1, images)
-            m2 = new_m2(s, len(active), data.y_dim, "gaussian")
-            model = M1M2(m1, m2, active).to(device)
+            model = M1M2(m1, new_m2(s, len(active), data.y_dim, "gaussian"), active).to(device)
         run.begin(args.model, s["epochs"])
         train(model, data, s, run)
         classify = model.classify
 
+    # Evaluate, and write what came of it; pictures last, since they can be drawn again.
     results = {
         **settings,
         "torch": torch.__version__,
