@@ -1188,13 +1188,14 @@ def mosaic(images: Tensor, shape: tuple, captions: list[list[str]] | None = None
     (C, H, W), (rows, columns), gap = shape, images.shape[:2], 4
     scale = max(1, 60 // max(H, W))
     w, h = scale * W + gap, scale * H + gap + (26 if captions else 0)
-    page = Image.new("RGB", (columns * w + gap + 3 * gap * len(breaks), rows * h + gap), "white")
+    size = columns * w + gap + 3 * gap * len(breaks), rows * h + gap
+    page = Image.new("RGB" if C == 3 else "L", size, "white")
     draw = ImageDraw.Draw(page)
     images = (255 * images).round().byte().cpu().view(rows, columns, C, H, W)
     for r in range(rows):
         for c in range(columns):
-            tile = images[r, c] if C == 3 else images[r, c, :1].expand(3, H, W)
-            tile = Image.fromarray(tile.permute(1, 2, 0).numpy())
+            tile = images[r, c].permute(1, 2, 0) if C == 3 else images[r, c, 0]
+            tile = Image.fromarray(tile.numpy())
             at = gap + c * w + 3 * gap * sum(c >= b for b in breaks), gap + r * h
             page.paste(tile.resize((scale * W, scale * H), Image.Resampling.NEAREST), at)
             if captions:
@@ -1280,12 +1281,12 @@ def pictures(model: nn.Module, classify, data: Data) -> dict:
 
         # styles.png (figure 1 a): classes 0, 1, 2 over a grid of z, equally spaced in probability
         if z_dim == 2:
-            p = torch.special.ndtri(torch.linspace(0.04, 0.96, 12, device=device))
-            grid = generate(torch.cartesian_prod(p, p)).view(12, 12, K, -1)
+            p = torch.special.ndtri(torch.linspace(0.05, 0.95, 10, device=device))
+            grid = generate(torch.cartesian_prod(p, p)).view(10, 10, K, -1)
             add(
                 "styles.png",
                 torch.cat([grid[:, :, k] for k in range(min(K, 3))], 1),
-                breaks=[12, 24],
+                breaks=[10, 20],
             )
 
     # mistakes.png: wrong test images, those first whose best score leads the second most
