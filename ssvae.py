@@ -1691,7 +1691,7 @@ def evaluate_saved(args: argparse.Namespace) -> int:
     s = saved["settings"]
     given = {"model": args.model, "labels": args.labels, "seed": args.seed}
     dataset = args.dataset or s["dataset"]
-    if s["file"]:  # the user's own npz file, maybe elsewhere by now
+    if s["file"] and (args.dataset or ".npz").endswith(".npz"):  # the user's own, maybe moved
         checksum, _, name = s["file"].partition(" of ")
         dataset = args.dataset or name
         if Path(dataset).is_file() and fingerprint(dataset).partition(" of ")[0] != checksum:

@@ -1265,10 +1265,10 @@ def test_truncated_data_files_are_not_read_silently(dataset, tmp_path):
         path.unlink()
         path.write_bytes(content)
         with pytest.raises(ssvae.BadInput):
-            ssvae.load_torchvision(dataset, tmp_path)
+            ssvae.load_known(dataset, tmp_path)
         path.unlink()
         path.symlink_to(source / path.name)
-    assert [len(a) for a in ssvae.load_torchvision(dataset, tmp_path)] == [60000] * 2 + [10000] * 2
+    assert [len(a) for a in ssvae.load_known(dataset, tmp_path)] == [60000] * 2 + [10000] * 2
 
 
 @pytest.mark.skipif(not os.environ.get("SSVAE_DATA_DIR"), reason="SSVAE_DATA_DIR is not set")
