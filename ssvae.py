@@ -68,53 +68,61 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # =================================================================================================
-# 1. SETTINGS: one table, one column a model
+# 1. SETTINGS: one table, two recipes
 # =================================================================================================
-# Chosen on MNIST with N = 100, by the error on the 10,000 validation images (whose labels are used
-# for that, as in the paper: N labels alone would be a poor guide). For the stack, M1's stage takes
-# the column "m1", its M2 stage the column "m1+m2".
+# "fast" (the default) was chosen on MNIST with N = 100, by the error on the 10,000 validation images
+# (whose labels are used for that, as in the paper: N labels alone would be a poor guide); "paper" is
+# what the paper and its authors' code publish. For the stack, M1's stage takes the column m1, its
+# M2 stage the column m1+m2. Every row is also an option of the command line, --batch-size 200, say.
 
+MODELS = ("m1", "m2", "m1+m2")
+# fmt: off
 SETTINGS = {
-    "m1": {
-        "epochs": 30,  # passes over the training images
-        "batch_size": 500,  # unlabelled images in a minibatch
-        "lr": 3e-3,  # Adam's first step size; it falls linearly to 0 over training
-        "z_dim": 50,  # dimensions of z (paper: 50)
-        "hidden": (600, 600),  # units in the hidden layers of every network (paper: 600, 600)
-        "beta": 1.0,  # weight of the KL term after its fading in (1 is eq. 5)
-        "ramp": 0.15,  # fraction of training in which it fades in (see M1.objective)
-    },
-    "m2": {
-        "epochs": 40,
-        "batch_size": 500,
-        "batch_labelled": 100,  # labelled images in a minibatch, beside the unlabelled ones
-        "lr": 2e-3,
-        "z_dim": 50,
-        "hidden": (500, 500),
-        # Batch normalisation in q(z|x,y) and p(x|y,z) (q(y|x) and M1 always have it): on pixels a
-        # better bound but a worse classifier; on z1 needed, or z2 collapses (see M1.objective).
-        "batch_norm": False,
-        "dropout": 0.5,  # in the classifier
-        "alpha": 10.0,  # weight of the classification loss per image (see WHAT ALPHA IS)
-        "balance": 5.0,  # of the KL that keeps classes equally frequent (see M2.objective)
-        "ramp": 0.5,  # fraction of training in which unlabelled images fade in (see M2.objective)
-        "threshold": 0.01,  # labels with q(y|x) below it are left out of U (see M2); 0 on GPUs
-    },
-    "m1+m2": {
-        "epochs": 100,
-        "batch_size": 500,
-        "batch_labelled": 100,
-        "lr": 3e-3,
-        "z_dim": 50,
-        "hidden": (500, 500),
-        "batch_norm": True,
-        "dropout": 0.2,
-        "alpha": 1.0,
-        "balance": 5.0,
-        "ramp": 0.5,
-        "threshold": 0.01,
-    },
+    # name: (fast: m1, m2, m1+m2), (paper: m1, m2, m1+m2), what it is
+    "epochs": ((30, 40, 100), (3000, 3000, 3000), "passes over the training images"),
+    "batch_size": ((500, 500, 500), (500, 500, 500), "unlabelled images in a minibatch"),
+    "batch_labelled": ((None, 100, 100), (None, 0, 0),
+                       "labelled images beside them; 0: as large a part of them as of the others"),
+    "lr": ((3e-3, 2e-3, 3e-3), (3e-4, 3e-4, 3e-4), "Adam's first step size"),
+    "lr_decay": ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0),
+                 "part of it that is lost, linearly, in the course of training"),
+    "z_dim": ((50, 10, 50), (50, 50, 50), "dimensions of z (of z2 in m1+m2; with 2, styles.png)"),
+    "hidden": (((600, 600), (500, 500), (500, 500)), ((600, 600), (500, 500), (500,)),
+               "units in the hidden layers of every network"),
+    "activation": (("relu", "relu", "relu"), ("softplus", "softplus", "softplus"),
+                   "of the hidden layers: relu or softplus"),
+    # On pixels, batch normalisation in q(z|x,y) and p(x|y,z) gives a better bound but a worse
+    # classifier; on z1 it is needed, or z2 collapses (see M1.objective).
+    "batch_norm": (("all", "q_y", "all"), ("none", "none", "none"),
+                   "networks with batch normalisation: all, none or q_y, the classifier alone"),
+    "init_std": ((0.0, 0.0, 0.0), (0.0, 0.001, 0.001),
+                 "standard deviation of the first weights; 0: PyTorch's, larger for few inputs"),
+    "weight_prior": ((0.0, 0.0, 0.0), (0.0, 1.0, 1.0),
+                     "1: N(0, I) is the prior of the weights; 0: none (see train)"),
+    "dropout": ((None, 0.5, 0.2), (None, 0.0, 0.0), "in the classifier"),
+    "alpha": ((None, 10.0, 1.0), (None, 0.1, 0.1),
+              "weight of the classification loss per image (eq. 9; see WHAT ALPHA IS)"),
+    "balance": ((None, 5.0, 5.0), (None, 0.0, 0.0),
+                "weight of the KL that keeps classes equally frequent (see M2.objective)"),
+    "beta": ((1.0, None, None), (1.0, None, None), "weight of the KL in eq. 5 (1: as it stands)"),
+    "ramp": ((0.15, 0.5, 0.5), (0.0, 0.0, 0.0),
+             "part of training in which M1's KL or M2's unlabelled images fade in (see objective)"),
+    "threshold": ((None, 0.01, 0.01), (None, 0.0, 0.0),
+                  "labels with q(y|x) below it are left out of U (see M2); 0 on GPUs"),
+    "classifier_sees": ((None, None, "mean"), (None, None, "draw"),
+                        "the stack's q(y|x) is given the mean of q(z1|x) or the draw z1"),
+    "classifier": (("tsvm", None, None), ("tsvm", None, None),
+                   "on M1's features: tsvm, or knn, the nearest labelled image"),
 }
+# fmt: on
+
+
+def settings_of(model: str, recipe: str = "fast", dataset: str = "mnist") -> dict:
+    """The settings of a model: a column of the table and, if fast, what DATASETS has instead."""
+    column = {name: row[recipe == "paper"][MODELS.index(model)] for name, row in SETTINGS.items()}
+    own = DATASETS.get(dataset, {}).get(model, {}) if recipe == "fast" else {}
+    return {name: value for name, value in column.items() if value is not None} | own
+
 
 # One row a data set: the likelihood of an image (a key of LIKELIHOODS), the default number of
 # labels N, and what differs from SETTINGS for a model.
@@ -167,16 +175,29 @@ class Dropout(nn.Dropout):
         return x * ((torch.rand(x.shape, device=x.device) >= self.p).to(x.dtype) / (1 - self.p))
 
 
-def mlp(d: int, *sizes: int, batch_norm: bool = True, dropout: float = 0.0) -> nn.Sequential:
-    """Multilayer perceptron with d inputs and layers of these sizes; the last is the output."""
+ACTIVATIONS = {"relu": nn.ReLU, "softplus": nn.Softplus}  # softplus(h) = log(1 + exp(h))
+
+
+def mlp(
+    d: int, *sizes: int, batch_norm=True, activation="relu", dropout=0.0, init_std=0.0
+) -> nn.Sequential:
+    """Multilayer perceptron with d inputs and layers of these sizes; the last is the output.
+
+    init_std > 0: weights are drawn from N(0, init_std^2) and biases are 0.
+    """
     *hidden, outputs = sizes
     layers = []
     for units in hidden:
         norm = [BatchNorm(units)] if batch_norm else []
         noise = [Dropout(dropout)] if dropout else []
-        layers += [nn.Linear(d, units), *norm, nn.ReLU(), *noise]
+        layers += [nn.Linear(d, units), *norm, ACTIVATIONS[activation](), *noise]
         d = units
-    return nn.Sequential(*layers, nn.Linear(d, outputs))
+    layers.append(nn.Linear(d, outputs))
+    for layer in layers:
+        if isinstance(layer, nn.Linear) and init_std:
+            nn.init.normal_(layer.weight, std=init_std)
+            nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
 
 
 def log_bernoulli(x: Tensor, logits: Tensor) -> Tensor:
@@ -276,11 +297,21 @@ LIKELIHOODS = {
 class M1(nn.Module):
     """Latent-feature model. likelihood: a key of LIKELIHOODS. x: [B, x_dim], z: [B, z_dim]."""
 
-    def __init__(self, x_dim: int, z_dim=50, hidden=(600, 600), likelihood="bernoulli"):
+    def __init__(
+        self,
+        x_dim: int,
+        z_dim=50,
+        hidden=(600, 600),
+        likelihood="bernoulli",
+        activation="relu",
+        batch_norm="all",
+        init_std=0.0,
+    ):
         super().__init__()
         self.outputs, self.log_density, self.mean = LIKELIHOODS[likelihood]
-        self.q_z = mlp(x_dim, *hidden, 2 * z_dim)  # mu(x) and log sigma^2(x)
-        self.p_x = mlp(z_dim, *reversed(hidden), x_dim * self.outputs)
+        how = {"batch_norm": batch_norm == "all", "activation": activation, "init_std": init_std}
+        self.q_z = mlp(x_dim, *hidden, 2 * z_dim, **how)  # mu(x) and log sigma^2(x)
+        self.p_x = mlp(z_dim, *reversed(hidden), x_dim * self.outputs, **how)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mu and logvar of q(z|x), both [B, Z]. mu is the feature vector of x (section 2.1)."""
@@ -393,25 +424,31 @@ class M2(nn.Module):
         z_dim=50,
         hidden=(500, 500),
         likelihood="bernoulli",
-        batch_norm=True,
+        activation="relu",
+        batch_norm="all",
+        init_std=0.0,
         dropout=0.0,
         threshold=0.0,
     ):
         super().__init__()
         self.y_dim, self.threshold = y_dim, min(threshold, 0.5 / y_dim)  # never cut the largest
         self.outputs, self.log_density, self.mean = LIKELIHOODS[likelihood]
-        self.q_y = mlp(x_dim, *hidden, y_dim, dropout=dropout)
+        how = {"activation": activation, "init_std": init_std}
+        self.q_y = mlp(
+            x_dim, *hidden, y_dim, batch_norm=batch_norm != "none", dropout=dropout, **how
+        )
+        how["batch_norm"] = batch_norm == "all"
         # q(z|x,y) and p(x|y,z) take two inputs. Their first layer is linear in [x, one-hot(y)]:
         # W [x, one-hot(y)] = W_x x + (column y of W_y). So W_x is the first layer of an ordinary
         # MLP on x and W_y a table of K vectors, and W_x x is computed once for all labels of x.
         # The tables start with larger entries than W_x, so that y matters from the start.
-        self.q_z = mlp(x_dim, *hidden, 2 * z_dim, batch_norm=batch_norm)
+        self.q_z = mlp(x_dim, *hidden, 2 * z_dim, **how)
         self.q_z_y = nn.Embedding(y_dim, hidden[0])
         outputs = x_dim * self.outputs
-        self.p_x = mlp(z_dim, *reversed(hidden), outputs, batch_norm=batch_norm)
+        self.p_x = mlp(z_dim, *reversed(hidden), outputs, **how)
         self.p_x_y = nn.Embedding(y_dim, hidden[-1])
         for table in (self.q_z_y, self.p_x_y):
-            nn.init.normal_(table.weight, std=0.5)
+            nn.init.normal_(table.weight, std=init_std or 0.5)
 
     def log_q_y(self, x: Tensor) -> Tensor:
         """log q(y|x) for every y, [B, K]."""
@@ -593,7 +630,8 @@ class M1M2(nn.Module):
         """M2.objective on z1 ~ q(z1|x). Nats of a density of z1, not to be compared with M2's."""
         mu, logvar = self.m1.encode(torch.cat([x_l, x_u]))
         z1 = sample_gaussian(mu, logvar)[:, self.active]
-        log_q = self.m2.log_q_y(mu[:, self.active])
+        seen = mu[:, self.active] if s["classifier_sees"] == "mean" else z1
+        log_q = self.m2.log_q_y(seen)
         return self.m2.objective(z1[: len(x_l)], y_l, z1[len(x_l) :], labelled, t, s, log_q)
 
     def classify(self, x: Tensor) -> Tensor:
@@ -1061,15 +1099,22 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> N
     classify: scores for the validation error, model.classify by default.
     """
     N, M, device = len(data.x_l), len(data.x_u), data.x_l.device
-    n_l = min(N, s.get("batch_labelled", 0))  # labelled images in a minibatch
-    n_u = min(M, s["batch_size"])  # unlabelled images in it
+    n_u = min(M, s["batch_size"])  # unlabelled images in a minibatch
+    share = max(1, round(N * n_u / max(1, M)))
+    n_l = min(N, s.get("batch_labelled") or share)  # labelled images in it
     # An epoch sees all unlabelled images (but for a last, smaller minibatch), or more rounds of
     # them if the labelled ones need more steps; every minibatch has n_l labelled images drawn
     # afresh, for N <= n_l all of them. (M1's data have N = 0: all its images are unlabelled.)
     steps = max(M // n_u if M else 0, math.ceil(N / n_l) if N else 0)
     rounds = math.ceil(steps * n_u / M) if M else 0
+    # The paper gives the weights theta a prior N(0, I). Its -log p(theta) / (N + M), the share of
+    # one image, is |theta|^2 / (2 (N + M)) and a constant; the gradient, theta / (N + M), is what
+    # Adam adds as weight decay.
     optimizer = torch.optim.Adam(
-        model.parameters(), lr=s["lr"], fused=device.type in ("cpu", "cuda")
+        model.parameters(),
+        lr=s["lr"],
+        weight_decay=s["weight_prior"] / (N + M),
+        fused=device.type in ("cpu", "cuda"),
     )
     bf16 = run.settings["precision"] == "bfloat16"
     for epoch in range(run.restore(model, optimizer), s["epochs"]):
@@ -1082,7 +1127,7 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> N
         start = time.perf_counter()
         for step in range(steps):
             t = (epoch * steps + step) / (s["epochs"] * steps)
-            optimizer.param_groups[0]["lr"] = s["lr"] * (1 - t)
+            optimizer.param_groups[0]["lr"] = s["lr"] * (1 - s["lr_decay"] * t)
             l = torch.randperm(N, device=device)[:n_l]
             u = order[step * n_u : (step + 1) * n_u]
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -1325,35 +1370,21 @@ def write_file(path: Path, content: bytes) -> None:
         raise BadInput(f"cannot write {path} ({error.strerror}); try another --out-dir") from error
 
 
-def save_torch(path: Path, content: dict) -> None:
-    """torch.save, whole or not at all."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_file(path, buffer.getvalue())
+def make_folder(folder: Path) -> None:
+    """Raises BadInput if that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(
+            f"cannot make {folder} ({error.strerror}); give another --out-dir"
+        ) from error
 
 
-def save_picture(path: Path, picture) -> None:
-    """A Pillow image as a PNG file, whole or not at all."""
+def write_picture(path: Path, picture) -> None:
+    """A Pillow image as a PNG file."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     write_file(path, buffer.getvalue())
-
-
-def load_torch(path: Path, keys: set[str], device) -> dict:
-    """Read what save_torch wrote, running no code from the file. Raises BadInput."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # missing, truncated, foreign or malicious: torch raises many kinds
-        raise BadInput(
-            f"cannot read {path} ({one_line(error)}): is it a file written by ssvae.py?"
-        ) from error
-    if not isinstance(content, dict) or not keys <= set(content):
-        raise BadInput(f"{path} was not written by this version of ssvae.py")
-    if not isinstance(content["settings"], dict):
-        raise BadInput(f"{path} was not written by ssvae.py")
-    return content
 
 
 # The paper's test errors in % (Table 1: mean, +-) for MNIST, shown beside ours at the end of a run.
@@ -1363,34 +1394,67 @@ PAPER = {
     "m1+m2": {100: (3.33, 0.14), 600: (2.59, 0.05), 1000: (2.40, 0.02), 3000: (2.18, 0.04)},
 }
 
-CHECKPOINT_KEYS = {"settings", "stage", "epoch", "model", "optimizer", "rows", "seconds"}
+# What model.pt holds. It is written after every epoch, with all that the next epoch depends on, so
+# that an interrupted run can go on; a finished run's has no optimizer.
+SAVED = {
+    "settings": dict,
+    "stage": str,  # "m1", "m2" or, for the stack's second stage, "m1+m2"
+    "epoch": int,  # how many are done in this stage
+    "model": dict,
+    "optimizer": dict | None,
+    "classifier": dict | None,  # of a finished m1 (see KNN)
+    "pca": dict | None,
+    "rows": list,  # of log.csv
+    "seconds": float,
+}
+SAVED_SETTINGS = {"model": str, "dataset": str, "labels": int, "seed": int, "file": str | None}
+
+
+def load_saved(path: Path, device, finished=True) -> dict:
+    """Read a model.pt, running no code from it. Raises BadInput."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            saved = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # missing, truncated, foreign or malicious: torch raises many kinds
+        raise BadInput(
+            f"cannot read {path} ({one_line(error)}): is it a file written by ssvae.py?"
+        ) from error
+    for holder, kinds in ((lambda: saved, SAVED), (lambda: saved["settings"], SAVED_SETTINGS)):
+        found = holder()
+        if not isinstance(found, dict) or not all(
+            key in found and isinstance(found[key], kind) for key, kind in kinds.items()
+        ):
+            raise BadInput(f"{path} was not written by this version of ssvae.py")
+    if saved["settings"]["model"] not in MODELS or not 0 <= saved["settings"]["seed"] < 2**63:
+        raise BadInput(f"{path} was not written by this version of ssvae.py")
+    if finished and saved["optimizer"] is not None:
+        raise BadInput(f"{path} is of an unfinished run; go on with it by --resume first")
+    return saved
 
 
 class Run:
-    """A run's folder, progress lines and log; with saved, a checkpoint, it goes on from there."""
+    """A run's folder, progress lines and log; with saved, a model.pt, it goes on from there."""
 
-    def __init__(self, folder: Path, settings: dict, saved: dict | None, images: bool):
-        self.folder, self.settings, self.saved, self.images = folder, settings, saved, images
+    def __init__(self, folder: Path, settings: dict, saved: dict | None, pca, images: bool):
+        self.folder, self.settings, self.saved = folder, settings, saved
+        self.pca, self.images, self.last_tick = pca, images, 0.0
         self.rows = saved["rows"] if saved else []
         self.start = time.perf_counter() - (saved["seconds"] if saved else 0)
-        self.stage, self.epochs, self.last_tick = "", 0, 0.0
 
     def begin(self, stage: str, epochs: int) -> None:
-        """The next rows belong to this stage: "m1", "m2" or, for the stack's second, "m1+m2"."""
         self.stage, self.epochs, self.stage_start = stage, epochs, time.perf_counter()
         self.first_epoch = 0
 
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start
-
     def restore(self, model: nn.Module, optimizer) -> int:
-        """Go on from the checkpoint if it is of this stage. Returns the number of epochs done."""
+        """Go on from what was saved if it is of this stage. Returns the number of epochs done."""
         if self.saved and self.saved["stage"] == self.stage:
             try:
                 model.load_state_dict(self.saved["model"])
-                optimizer.load_state_dict(self.saved["optimizer"])
+                if self.saved["optimizer"]:
+                    optimizer.load_state_dict(self.saved["optimizer"])
             except Exception as error:  # not written by this program: torch raises many kinds
-                raise BadInput(f"the checkpoint in {self.folder} does not fit the model") from error
+                raise BadInput(f"the model.pt in {self.folder} does not fit the model") from error
             self.first_epoch = self.saved["epoch"]
         return self.first_epoch
 
@@ -1408,21 +1472,11 @@ class Run:
             print(f"\r{line}  {self.left(epoch + fraction)}\x1b[K", end="", flush=True)
 
     def end_epoch(self, row: dict, model: nn.Module, optimizer) -> None:
-        """Save a checkpoint, all that the next epoch depends on; then log the row and print it."""
+        """Save model.pt; then log the row and print it."""
         self.rows.append({"stage": self.stage, **row})
-        content = {
-            "settings": self.settings,
-            "stage": self.stage,
-            "epoch": row["epoch"],
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "rows": self.rows,
-            "seconds": self.seconds(),
-        }
-        save_torch(self.folder / "checkpoint.pt", content)
-        self.write_log()
+        self.save(row["epoch"], model, optimizer)
         if self.images:
-            save_picture(self.folder / "curves.png", curves(self.rows))
+            write_picture(self.folder / "curves.png", curves(self.rows))
         print(
             ("\r\x1b[K" if sys.stdout.isatty() else "")
             + f"{self.stage} epoch {row['epoch']}/{self.epochs}  bound {row['bound']:.2f} nats  "
@@ -1431,27 +1485,33 @@ class Run:
             flush=True,
         )
 
-    def write_log(self) -> None:
-        """log.csv, from all rows: one an epoch."""
-        if not self.rows:  # --m1 FILE --model m1 trains nothing
-            return
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self.rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_file(self.folder / "log.csv", text.getvalue().encode())
+    def save(self, epoch: int, model: nn.Module, optimizer=None, classifier=None) -> None:
+        """model.pt and log.csv."""
+        content, text = io.BytesIO(), io.StringIO()
+        values = (
+            *(self.settings, self.stage, epoch, model.state_dict()),
+            *(optimizer and optimizer.state_dict(), classifier and classifier._asdict()),
+            *(self.pca, self.rows, time.perf_counter() - self.start),
+        )
+        torch.save(dict(zip(SAVED, values, strict=True)), content)
+        write_file(self.folder / "model.pt", content.getvalue())
+        if self.rows:  # --m1 FILE --model m1 trains nothing
+            writer = csv.DictWriter(text, self.rows[0].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+            write_file(self.folder / "log.csv", text.getvalue().encode())
 
 
-def number(kind, low, low_allowed=True, high=math.inf):
+def number(kind, low, high=math.inf):
     """An argparse type: a finite number of this kind, from low up to high."""
 
     def parse(text: str):
         value = kind(text)
-        if not (low <= value <= high) or value == math.inf or (value == low and not low_allowed):
+        if not low <= value <= high or value == math.inf:
             raise ValueError
         return value
 
-    parse.__name__ = f"{kind.__name__} {'from' if low_allowed else 'above'} {low}"  # for messages
+    parse.__name__ = f"{kind.__name__} from {low}" + (f" to {high}" if high < math.inf else "")
     return parse
 
 
@@ -1460,16 +1520,33 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
+LIMITS = {  # of options that are not simply from 1 (integers) or from 0 (others)
+    "batch_labelled": (0, math.inf),
+    "lr": (1e-99, math.inf),
+    "z_dim": (1, 9999),
+    "lr_decay": (0, 1),
+    "dropout": (0, 0.99),
+    "ramp": (0, 1),
+    "threshold": (0, 1),
+}
+CHOICES = {
+    "activation": list(ACTIVATIONS),
+    "batch_norm": ["all", "none", "q_y"],
+    "classifier_sees": ["mean", "draw"],
+    "classifier": ["tsvm", "knn"],
+}
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    count, positive = number(int, 1), number(float, 0, low_allowed=False)
+    """The command line; what is not in it is None or False. Raises BadInput."""
+    count = number(int, 1)
     parser = Parser(
         prog="ssvae.py",
         description="Semi-supervised learning with deep generative models: M1, M2 and M1+M2.",
-        epilog="Settings not given here are in the table SETTINGS at the top of ssvae.py.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--model", choices=SETTINGS, help="default: m2")
+    add("--model", choices=MODELS, help="default: m2")
     add(
         "--dataset",
         help="mnist, fashion, svhn, norb, glyphs (built in), a file PATH.npz with x_train, "
@@ -1482,19 +1559,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="number of labelled images (100; svhn, norb 1000); several with --reproduce",
     )
-    add("--epochs", type=count, help="epochs of training; for m1+m2, of its M2 stage")
-    add("--batch-size", type=count, help="unlabelled images in a minibatch; as --epochs")
-    add("--lr", type=positive, help="Adam's first step size, falls linearly to 0; as --epochs")
-    add(
-        "--z-dim",
-        type=number(int, 1, high=9999),
-        help="dimensions of z (50), of z2 for m1+m2; 2 draws styles.png",
-    )
-    add("--alpha", type=number(float, 0), help="weight of the classification loss (eq. 9)")
+    add("--seed", type=number(int, 0, high=2**63 - 1), help="draws splits, weights and noise (0)")
+    add("--recipe", choices=["fast", "paper"], help="column of the settings below (fast)")
     add("--m1-epochs", type=count, help="for m1+m2: epochs of its M1 stage")
     add("--m1", type=Path, metavar="FILE", help="model.pt of an M1 to use instead of training one")
-    add("--classifier", choices=["tsvm", "knn"], help="for m1: on its features (default: tsvm)")
-    add("--seed", type=number(int, 0, high=2**63 - 1), help="draws splits, weights and noise (0)")
     add("--device", default="auto", help="auto (an accelerator if there is one), cpu, cuda, ...")
     add(
         "--precision",
@@ -1522,6 +1590,22 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "from 0 to --seeds; the same command goes on where it was interrupted",
     )
     add("--seeds", type=count, help="number of seeds of --reproduce (5)")
+    group = parser.add_argument_group(
+        "settings, with their defaults for m1, m2 and m1+m2 (there, of the M2 stage)"
+    )
+    for name, (fast, _, meaning) in SETTINGS.items():
+        values = [v for v in fast if v is not None]
+        kind = int if name == "hidden" else type(values[0])
+        group.add_argument(
+            "--" + name.replace("_", "-"),
+            type=str
+            if kind is str
+            else number(kind, *LIMITS.get(name, (1 if kind is int else 0,))),
+            nargs="+" if name == "hidden" else None,
+            choices=CHOICES.get(name),
+            metavar=name.split("_")[-1].upper(),
+            help=f"{meaning} ({', '.join(map(str, values))})",
+        )
     args = parser.parse_args(argv)
 
     def refuse(why: str, *names: str):
@@ -1529,23 +1613,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             if getattr(args, name) is not None and getattr(args, name) is not False:
                 raise BadInput(f"{why}; drop --{name.replace('_', '-')}")
 
-    if args.labels and len(args.labels) > 1 and not args.reproduce:
-        raise BadInput("several --labels are for --reproduce; give one")
-    settings = ("batch_size", "lr", "z_dim", "alpha", "classifier", "m1")
     if args.load:
-        refuse("--load trains nothing", *settings, "epochs", "m1_epochs", "resume", "overwrite")
-        refuse("--load evaluates one model", "reproduce", "seeds")
-    elif args.reproduce:
-        refuse("--reproduce runs the defaults", *settings)
-        refuse("--reproduce goes on by itself and has its own seeds", "seed", "resume", "overwrite")
-        refuse("--nll is for a saved model, with --load", "nll")
-        args.labels = args.labels or [100, 600, 1000, 3000]
-        args.seeds = args.seeds or 5
+        refuse("--load trains nothing", *SETTINGS, "m1", "m1_epochs", "resume", "overwrite")
+        refuse("--load evaluates one model", "reproduce", "seeds", "recipe")
     else:
         refuse("--nll is for a saved model, with --load", "nll")
+    if args.reproduce:
+        refuse("--reproduce goes on by itself", "resume", "overwrite")
+        refuse("--reproduce has its own seeds and M1s", "seed", "m1")
+        if not args.model:
+            refuse("--reproduce runs the defaults; give --model", *(set(SETTINGS) - {"epochs"}))
+        args.labels, args.seeds = args.labels or [100, 600, 1000, 3000], args.seeds or 5
+    else:
         refuse("--seeds is for --reproduce; --seed is one run's", "seeds")
-        args.model, args.seed = args.model or "m2", args.seed or 0
-    if not args.reproduce:
+        if args.labels and len(args.labels) > 1:
+            raise BadInput("several --labels are for --reproduce; give one")
         args.labels = args.labels and args.labels[0]
     if args.load:
         return args
@@ -1553,12 +1635,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     known = ("auto", *FILES, "glyphs")
     if args.dataset not in known and not args.dataset.endswith(".npz"):
         raise BadInput(f"--dataset {args.dataset}: choose {', '.join(known)} or a file PATH.npz")
+    args.recipe = args.recipe or "fast"
     if args.reproduce:
         return args
-    if args.model == "m1":
-        refuse("m1 has no classification loss", "alpha")
-    else:
-        refuse(f"{args.model} is its own classifier", "classifier")
+    args.model, args.seed = args.model or "m2", args.seed or 0
     if args.model != "m1+m2":
         refuse("only m1+m2 has an M1 stage", "m1_epochs")
     if args.model == "m2":
@@ -1566,7 +1646,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.m1:
         refuse("--m1 gives a trained M1", "m1_epochs")
         if args.model == "m1":
-            refuse("--m1 gives a trained M1", "epochs", "batch_size", "lr", "z_dim")
+            refuse("--m1 gives a trained M1", *(set(SETTINGS) - {"classifier"}))
     if args.resume:
         refuse("--resume goes on with a run, --overwrite trains afresh", "overwrite")
     return args
@@ -1587,49 +1667,39 @@ def pick_device(name: str) -> torch.device:
         ) from error
 
 
-def load_model(path: Path, device) -> dict:
-    """What a run wrote to model.pt. Raises BadInput."""
-    saved = load_torch(path, {"settings", "model", "classifier", "pca"}, device)
-    s = saved["settings"]
-    kinds = {"model": str, "dataset": str, "labels": int, "seed": int, "file": str | None}
-    if not all(isinstance(s.get(key), kind) for key, kind in kinds.items()):
-        raise BadInput(f"{path} was not written by this version of ssvae.py")
-    if s["model"] not in SETTINGS or not 0 <= s["seed"] < 2**63:
-        raise BadInput(f"{path} was not written by this version of ssvae.py")
-    return saved
+def build(kind, s: dict, *sizes: int, likelihood: str) -> nn.Module:
+    """An untrained M1 (sizes: x_dim) or M2 (x_dim, y_dim) with the settings s."""
+    names = ["z_dim", "hidden", "activation", "batch_norm", "init_std"]
+    names += ["dropout", "threshold"] if kind is M2 else []
+    return kind(*sizes, likelihood=likelihood, **{name: s[name] for name in names})
 
 
 def rebuild(path: Path, saved: dict, data: Data) -> tuple[nn.Module, KNN | None]:
-    """The model in what load_model read, and for M1 the classifier on its features.
+    """The model in a model.pt and, for M1, the classifier on its features.
 
     Raises BadInput if they do not fit each other or the data.
     """
     s, x, classifier = saved["settings"], pixels(data.x_test[:2]), None
     try:
         if s["model"] == "m2":
-            model = new_m2(s, x.shape[1], data.y_dim, data.likelihood)
+            model = build(M2, s, x.shape[1], data.y_dim, likelihood=data.likelihood)
+        elif s["model"] == "m1":
+            model = build(M1, s, x.shape[1], likelihood=data.likelihood)
+            classifier = KNN(**saved["classifier"])
         else:
-            m1_ = "m1_" if s["model"] == "m1+m2" else ""
-            model = M1(x.shape[1], s[m1_ + "z_dim"], s[m1_ + "hidden"], data.likelihood)
-        if s["model"] == "m1+m2":
+            s_m1 = {key[3:]: value for key, value in s.items() if key.startswith("m1_")}
+            m1 = build(M1, s_m1, x.shape[1], likelihood=data.likelihood)
             active = saved["model"]["active"]
-            model = M1M2(model, new_m2(s, len(active), data.y_dim, "gaussian"), active)
+            m2 = build(M2, s, len(active), data.y_dim, likelihood="gaussian")
+            model = M1M2(m1, m2, active)
         model.load_state_dict(saved["model"])
         model.to(x.device).eval()
-        if s["model"] == "m1":
-            classifier = KNN(**saved["classifier"])
         scores = classifier(model.encode(x)[0]) if classifier else model.classify(x)
         if scores.shape != (len(x), data.y_dim):
             raise ValueError
     except Exception as error:  # of a file not written by this program: torch raises many kinds
         raise BadInput(f"{path} does not fit this model and data") from error
     return model, classifier
-
-
-def new_m2(s: dict, x_dim: int, y_dim: int, likelihood: str) -> M2:
-    """An untrained M2 with these settings."""
-    names = ("z_dim", "hidden", "batch_norm", "dropout", "threshold")
-    return M2(x_dim, y_dim, likelihood=likelihood, **{name: s[name] for name in names})
 
 
 def fingerprint(path: str | Path) -> str:
@@ -1654,9 +1724,9 @@ def main(argv: list[str] | None = None) -> int:
     """Train and evaluate one model as the command line says. Returns the exit code."""
     try:
         args = parse_arguments(argv)
-        if args.reproduce:
-            return reproduce(args)
-        return evaluate_saved(args) if args.load else train_and_evaluate(args)
+        what = reproduce if args.reproduce else evaluate_saved if args.load else train_and_evaluate
+        what(args)
+        return 0
     except BadInput as error:
         print(f"ssvae: {error}", file=sys.stderr)
         return 2
@@ -1684,10 +1754,10 @@ def evaluate(model: nn.Module, classify, data: Data) -> dict:
     }
 
 
-def evaluate_saved(args: argparse.Namespace) -> int:
+def evaluate_saved(args: argparse.Namespace) -> None:
     """What main() does with --load: as at the end of the run, from its model.pt."""
     start, device = time.perf_counter(), pick_device(args.device)
-    saved = load_model(args.load, device)
+    saved = load_saved(args.load, device)
     s = saved["settings"]
     given = {"model": args.model, "labels": args.labels, "seed": args.seed}
     dataset = args.dataset or s["dataset"]
@@ -1716,58 +1786,37 @@ def evaluate_saved(args: argparse.Namespace) -> int:
         )
     if not args.no_images:
         draw(args.out_dir or args.load.parent, model, classify, data)
-    return 0
 
 
 def draw(folder: Path, model: nn.Module, classify, data: Data) -> None:
     """Write the pictures of a trained model."""
     make_folder(folder)
     for name, picture in pictures(model, classify, data).items():
-        save_picture(folder / name, picture)
-
-
-def make_folder(folder: Path) -> None:
-    """Raises BadInput if that is not possible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(
-            f"cannot make {folder} ({error.strerror}); give another --out-dir"
-        ) from error
-
-
-def clear(folder: Path) -> None:
-    """Remove what a run has written to the folder. Raises BadInput."""
-    for name in ["results.json", "checkpoint.pt", "model.pt", "log.csv", *PICTURES]:
-        try:
-            (folder / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise BadInput(f"cannot remove {folder / name} ({error.strerror})") from error
+        write_picture(folder / name, picture)
 
 
 def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, dict | None]:
-    """(results of a finished run, checkpoint of an unfinished one) in the folder, None where none.
+    """(results of a finished run, model.pt of an unfinished one) in the folder, None where none.
 
-    Raises BadInput rather than let a run that is there be lost: where its settings are others, or
-    it is unfinished and --resume is not given.
+    With --overwrite, removes what a run has written there. Raises BadInput rather than let a run
+    be lost: where its settings are others, or it is unfinished and --resume is not given.
     """
-    if args.overwrite:
-        return None, None
     try:
+        if args.overwrite:
+            for name in ["results.json", "model.pt", "log.csv", *PICTURES]:
+                (folder / name).unlink(missing_ok=True)
         if (folder / "results.json").exists():
             results = json.loads((folder / "results.json").read_text())
             if all(results.get(key) == value for key, value in settings.items()):
                 return results, None
             raise BadInput(f"{folder} holds another run; give another --out-dir or --overwrite")
-        if not (folder / "checkpoint.pt").exists():
-            if (folder / "model.pt").exists():
-                raise BadInput(f"{folder} holds a model.pt; give another --out-dir or --overwrite")
+        if not (folder / "model.pt").exists():
             return None, None
     except (OSError, ValueError, AttributeError) as error:
-        raise BadInput(f"cannot read {folder} ({error}); give another --out-dir") from error
+        raise BadInput(f"cannot use {folder} ({error}); give another --out-dir") from error
     if not args.resume:
         raise BadInput(f"{folder} holds an unfinished run; go on with --resume or --overwrite")
-    saved = load_torch(folder / "checkpoint.pt", CHECKPOINT_KEYS, device)
+    saved = load_saved(folder / "model.pt", device, finished=False)
     for key, value in settings.items():
         if saved["settings"].get(key) != value:
             was = saved["settings"].get(key)
@@ -1777,18 +1826,14 @@ def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, d
 
 def choose_settings(args, data: Data, device, saved_m1: dict | None) -> tuple[dict, dict, dict]:
     """(the model's settings, its M1's, and all that a result depends on, which goes into every
-    file and tells one run from another): the tables', unless the command line says otherwise.
+    file and tells one run from another): the table's, unless the command line says otherwise.
 
-    Raises BadInput if --m1 does not belong to this data set and seed.
+    Raises BadInput if the model has no such setting, or --m1 is of another data set or seed.
     """
-    overrides = DATASETS.get(data.name, {})
-    s = SETTINGS[args.model] | overrides.get(args.model, {})
-    for name in ("epochs", "batch_size", "lr", "z_dim", "alpha"):
-        if getattr(args, name) is not None:
-            s[name] = getattr(args, name)
+    s = settings_of(args.model, args.recipe, data.name)
     if device.type != "cpu" and "threshold" in s:
         s["threshold"] = 0.0  # counting the kept pairs would make the host wait at every step
-    s_m1 = s if args.model == "m1" else SETTINGS["m1"] | overrides.get("m1", {})
+    s_m1 = settings_of("m1", args.recipe, data.name)
     s_m1["epochs"] = args.m1_epochs or s_m1["epochs"]
     if saved_m1:  # one of another seed has seen, unlabelled, images that are validation images here
         s_m1 = saved_m1["settings"]
@@ -1796,7 +1841,12 @@ def choose_settings(args, data: Data, device, saved_m1: dict | None) -> tuple[di
             if s_m1[key] != value:
                 raise BadInput(f"--m1 {args.m1} has {key} {s_m1[key]}, not {value}")
         if args.model == "m1":
-            s = {key: s_m1.get(key) for key in SETTINGS["m1"]}
+            s = {key: s_m1.get(key) for key in s} | {"classifier": s["classifier"]}
+    for name in SETTINGS:
+        if getattr(args, name) is not None:
+            if name not in s:
+                raise BadInput(f"{args.model} has no such setting; drop --{name.replace('_', '-')}")
+            s[name] = getattr(args, name)
     precision = args.precision
     if precision == "auto":
         precision = "bfloat16" if bfloat16_is_faster(device) else "float32"
@@ -1808,21 +1858,21 @@ def choose_settings(args, data: Data, device, saved_m1: dict | None) -> tuple[di
         "seed": args.seed,
         "device": device.type,
         "precision": precision,
+        "recipe": args.recipe,
         "m1": fingerprint(args.m1) if args.m1 else None,
-        "alpha": None,
         **s,
     }
     if args.model == "m1":
-        settings["classifier"] = args.classifier or "tsvm"
+        s_m1 = s
     if args.model == "m1+m2":
-        settings |= {"m1_" + name: s_m1.get(name) for name in SETTINGS["m1"]}
+        settings |= {"m1_" + name: s_m1.get(name) for name in settings_of("m1")}
     return s, s_m1, json.loads(json.dumps(settings))  # tuples become lists, as in the files
 
 
-def train_and_evaluate(args: argparse.Namespace) -> int:
+def train_and_evaluate(args: argparse.Namespace) -> None:
     """What main() does without --load or --reproduce."""
     device = pick_device(args.device)
-    saved_m1 = load_model(args.m1, device) if args.m1 else None
+    saved_m1 = load_saved(args.m1, device) if args.m1 else None
     pca = saved_m1["pca"] if saved_m1 else None
     data = load_data(args.dataset, args.data_dir, args.labels, args.seed, device, pca)
     s, s_m1, settings = choose_settings(args, data, device, saved_m1)
@@ -1830,27 +1880,25 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
 
     # What is in the folder already?
     name = f"{args.model}-{data.name}-{len(data.x_l)}-{args.seed}"
-    folder = args.out_dir or Path("runs") / name
+    folder = args.out_dir or Path("runs") / (name + "-paper" * (args.recipe == "paper"))
     if args.overwrite and args.m1 and args.m1.resolve().parent == folder.resolve():
         raise BadInput("--overwrite would remove the --m1 file; give another --out-dir")
+    make_folder(folder)
     results, saved = find_run(folder, settings, args, device)
     if results:
         print(summary(results))
         print(f"This run is finished, in {folder}; --overwrite trains it afresh.")
-        return 0
-    make_folder(folder)
-    if args.overwrite:
-        clear(folder)
+        return
 
     # Train: M1 where the model has one and none is given, then M1's classifier or M2.
-    run = Run(folder, settings, saved, images=not args.no_images)
+    run = Run(folder, settings, saved, data.pca, images=not args.no_images)
     votes, x_dim = F.one_hot(data.y_l, data.y_dim).float(), data.x_test.shape[1]
     images, classifier = torch.cat([data.x_l, data.x_u]), None
+    run.begin("m1", s_m1["epochs"])
     if args.model != "m2" and m1 is None:
         torch.manual_seed(args.seed)
-        m1 = M1(x_dim, s_m1["z_dim"], s_m1["hidden"], data.likelihood).to(device)
+        m1 = build(M1, s_m1, x_dim, likelihood=data.likelihood).to(device)
         no_labels = data._replace(x_l=images[:0], y_l=data.y_l[:0], x_u=images)
-        run.begin("m1", s_m1["epochs"])
         if not (saved and saved["stage"] == "m1+m2"):
             # For the progress lines, a classifier that needs no training: the nearest neighbour.
             one_nearest = lambda x: KNN(features(m1, data.x_l), votes, 1)(m1.encode(x)[0])
@@ -1858,16 +1906,17 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
     if args.model == "m1":
         z = features(m1, images)
-        knn = settings["classifier"] == "knn"
+        knn = s["classifier"] == "knn"
         classifier = KNN(z[: len(votes)], votes, k=1) if knn else tsvm(z, data.y_l, data.y_dim)
         model, classify = m1, lambda x: classifier(m1.encode(x)[0])
     else:
         if args.model == "m2":
-            model = new_m2(s, x_dim, data.y_dim, data.likelihood).to(device)
+            model = build(M2, s, x_dim, data.y_dim, likelihood=data.likelihood).to(device)
         else:
             resumed = saved and saved["stage"] == "m1+m2"
             active = saved["model"]["active"] if resumed else active_dimensions(m1, images)
-            model = M1M2(m1, new_m2(s, len(active), data.y_dim, "gaussian"), active).to(device)
+            m2 = build(M2, s, len(active), data.y_dim, likelihood="gaussian")
+            model = M1M2(m1, m2, active).to(device)
         run.begin(args.model, s["epochs"])
         train(model, data, s, run)
         classify = model.classify
@@ -1877,59 +1926,53 @@ def train_and_evaluate(args: argparse.Namespace) -> int:
         **settings,
         "torch": torch.__version__,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "active": len(active_dimensions(m1, images)) if m1 else None,
         "images_per_second": run.rows[-1]["images_per_second"] if run.rows else None,
         **evaluate(model, classify, data),
-        "seconds": run.seconds(),
+        "seconds": time.perf_counter() - run.start,
     }
-    run.write_log()
-    weights = {"settings": settings, "model": model.state_dict(), "pca": data.pca}
-    weights["classifier"] = classifier and classifier._asdict()
-    save_torch(folder / "model.pt", weights)
+    run.save(s["epochs"], model, classifier=classifier)
     write_file(folder / "results.json", json.dumps(results, indent=2).encode())
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
     print(summary(results))
     if not args.no_images:
         draw(folder, model, classify, data)
     print(f"Written to {folder}/")
-    return 0
 
 
-def reproduce(args: argparse.Namespace) -> int:
+def reproduce(args: argparse.Namespace) -> None:
     """What main() does with --reproduce: a run for every model, N and seed, and a table of them.
 
-    All runs of a seed share an M1, which sees no labels. A finished run is not run again.
+    All runs of a seed share an M1, which sees no labels; settings on the command line are not M1's,
+    unless with --model m1. A finished run is not run again.
     """
-    folder = args.out_dir or Path("runs") / f"reproduce-{Path(args.dataset).name}"
-    models = [args.model] if args.model else list(SETTINGS)
-    epochs = ["--epochs", args.epochs] if args.epochs else []
-    m1_epochs = ["--epochs", args.m1_epochs] if args.m1_epochs else []
+    name = f"reproduce-{Path(args.dataset).name}" + "-paper" * (args.recipe == "paper")
+    folder = args.out_dir or Path("runs") / name
+    models = [args.model] if args.model else MODELS
 
-    def go(model, N, seed, *more):  # a run, unless it is finished; returns its folder
-        out = folder / f"{model}-{N}-{seed}"
-        line = ["--model", model, "--labels", N, "--seed", seed, "--out-dir", out, "--resume"]
-        line += ["--dataset", args.dataset, "--data-dir", args.data_dir, "--device", args.device]
-        line += ["--precision", args.precision, *["--no-images"][: args.no_images], *more]
-        train_and_evaluate(parse_arguments([str(word) for word in line]))
+    def go(model, N, seed, m1=None):  # a run, unless it is finished; returns its folder
+        out, own = folder / f"{model}-{N}-{seed}", {}
+        if model == "m1" and (m1 or args.model != "m1"):
+            own = dict.fromkeys(SETTINGS) | {"epochs": None if m1 else args.m1_epochs}
+        own |= {"model": model, "labels": N, "seed": seed, "out_dir": out, "resume": True}
+        own |= {"m1": m1, "m1_epochs": None}
+        train_and_evaluate(argparse.Namespace(**vars(args) | own))
         return out
 
     cells = [(s, N, model) for s in range(args.seeds) for N in args.labels for model in models]
     results, spent = {}, {model: [] for model in models}
     for done, (seed, N, model) in enumerate(cells, 1):
         if model == "m2":
-            out = go(model, N, seed, *epochs)
+            out = go(model, N, seed)
         else:
-            out = go("m1", args.labels[0], seed, *m1_epochs)
-            if model == "m1+m2":
-                out = go(model, N, seed, "--m1", out / "model.pt", *epochs)
-            elif N != args.labels[0]:
-                out = go(model, N, seed, "--m1", out / "model.pt")
+            out = go("m1", args.labels[0], seed)
+            if model == "m1+m2" or args.labels[0] != N:
+                out = go(model, N, seed, out / "model.pt")
         results[model, N, seed] = json.loads((out / "results.json").read_text())
         spent[model].append(results[model, N, seed]["seconds"])
         table = write_table(folder, models, args.labels, results)
         left = sum(np.mean(spent[m]) for _, _, m in cells[done:] if spent[m]) / 60
         print(f"{done} of {len(cells)} runs done, about {left:.0f} minutes left\n", flush=True)
     print(f"\n{table}\nWritten to {folder}/")
-    return 0
 
 
 def write_table(folder: Path, models: list, labels: list, results: dict) -> str:

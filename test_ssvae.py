@@ -204,7 +204,7 @@ def enumerated_U(m2, x, q):
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.1, 0.16])
-@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("batch_norm", ["none", "q_y", "all"])
 def test_eq7_unlabelled_bound_by_enumeration(fixed_noise, threshold, batch_norm):
     """U and its gradient equal the enumerated sum's, for q(y|x) cut at the threshold as well."""
     m2 = small_m2(threshold=threshold, batch_norm=batch_norm)
@@ -320,7 +320,7 @@ def test_losses_and_gradients_stay_finite(fill, size, bf16):
     """All-black and all-white images, tiny minibatches, certain classifiers, both precisions."""
     torch.manual_seed(0)
     x, y = torch.full((size, 20), fill), torch.arange(size) % 2
-    s = {"alpha": 1.0, "beta": 1.0, "ramp": 0.0, "balance": 1.0}
+    s = {"alpha": 1.0, "beta": 1.0, "ramp": 0.0, "balance": 1.0, "classifier_sees": "mean"}
     m1, m2 = M1(20, 3, (8,)), M2(20, 2, 3, (8,), threshold=0.01)
     m2.q_y[-1].bias.data = torch.tensor([1e4, -1e4])
     stack = M1M2(M1(20, 3, (8,)), M2(3, 2, 1, (8,), likelihood="gaussian"), torch.arange(3)).train()
@@ -340,9 +340,14 @@ def test_shapes_and_settings_at_random(seed):
     x_dim, K, z_dim, B, units = (int(n) for n in rng.integers([1, 2, 1, 1, 1], [30, 12, 9, 9, 20]))
     likelihood = ["bernoulli", "gaussian"][seed % 2]
     hidden = (units,) * int(rng.integers(1, 4))
-    m1 = M1(x_dim, z_dim, hidden, likelihood)
     threshold = float(rng.choice([0, 0.01, 0.3, 1.0]))
-    m2 = M2(x_dim, K, z_dim, hidden, likelihood, bool(rng.integers(2)), 0.3, threshold)
+    how = {
+        "activation": str(rng.choice(["relu", "softplus"])),
+        "batch_norm": str(rng.choice(["all", "none", "q_y"])),
+        "init_std": float(rng.choice([0.0, 0.001])),
+    }
+    m1 = M1(x_dim, z_dim, hidden, likelihood, **how)
+    m2 = M2(x_dim, K, z_dim, hidden, likelihood, dropout=0.3, threshold=threshold, **how)
     x, y = (torch.rand(B, x_dim) < 0.5).float(), torch.randint(K, (B,))
     assert m1.J(x).shape == m2.L(x, y).shape == m2.U(x).shape == m2.bound(x).shape == (B,)
     q = m2.classify(x).exp()
@@ -350,7 +355,7 @@ def test_shapes_and_settings_at_random(seed):
     torch.testing.assert_close(q.sum(1), torch.ones(B))
     mu, logvar = m1.encode(x)
     assert mu.shape == logvar.shape == (B, z_dim)
-    assert (ssvae.kl_gaussian(mu, logvar) >= 0).all()
+    assert (ssvae.kl_gaussian(mu, logvar) > -1e-6).all()
     if likelihood == "bernoulli":  # probabilities: every term of the bound is a cost
         assert (m1.J(x) > 0).all() and (m2.L(x, y) > 0).all()
     s = {"alpha": 1.0, "beta": 1.0, "ramp": 0.5, "balance": 1.0}
@@ -627,7 +632,7 @@ def test_continuous_images_train(tmp_path, monkeypatch, dataset, model):
     run(*options, *more, "--epochs", 1, "--batch-size", 20, "--out-dir", out)
     results = json.loads((out / "results.json").read_text())
     assert np.isfinite(results["bound"])
-    again = ssvae.load_model(out / "model.pt", "cpu")
+    again = ssvae.load_saved(out / "model.pt", "cpu")
     data = ssvae.load_data(dataset, tmp_path, 20, 0, "cpu", again["pca"])
     restored, _ = ssvae.rebuild(out / "model.pt", again, data)
     assert ssvae.mean_bound(restored, data.x_test, data.likelihood) == results["bound"]
@@ -838,22 +843,73 @@ def test_same_seed_same_result_and_resume_changes_nothing(small, tmp_path, model
     run(*args, tmp_path / "b")
     assert_same(outcome(tmp_path / "a"), outcome(tmp_path / "b"))
 
-    save_torch = ssvae.save_torch
+    save = ssvae.Run.save
 
-    def interrupted(path, content):
-        save_torch(path, content)
-        if path.name == "checkpoint.pt":
-            raise KeyboardInterrupt
+    def interrupted(*args, **how):
+        save(*args, **how)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(ssvae, "save_torch", interrupted)
+    monkeypatch.setattr(ssvae.Run, "save", interrupted)
     run(*args, tmp_path / "c", code=130)
     run(*args, tmp_path / "c", code=2)  # neither --resume nor --overwrite
-    for _ in range(3 if model == "m1+m2" else 1):
+    for _ in range(4 if model == "m1+m2" else 2):  # the last time, all is done but results.json
         run(*args, tmp_path / "c", "--resume", code=130)
+    monkeypatch.setattr(ssvae.Run, "save", save)
     run(*args, tmp_path / "c", "--resume", "--lr", 0.1, code=2)  # contradicts the first call
     run(*args, tmp_path / "c", "--resume")
     assert_same(outcome(tmp_path / "a"), outcome(tmp_path / "c"))
-    assert not (tmp_path / "c" / "checkpoint.pt").exists()
+
+
+def test_paper_recipe_is_the_published_one(small, tmp_path):
+    """Every published setting, as the run itself records it; and it runs."""
+    published = {
+        "m1": {"hidden": [600, 600], "lr": 3e-4, "z_dim": 50, "activation": "softplus"},
+        "m2": {"hidden": [500, 500], "alpha": 0.1, "weight_prior": 1.0, "init_std": 0.001},
+        "m1+m2": {"hidden": [500], "m1_hidden": [600, 600], "alpha": 0.1, "weight_prior": 1.0,
+                  "classifier_sees": "draw", "m1_lr": 3e-4, "m1_epochs": 1, "z_dim": 50},
+    }  # fmt: skip
+    for model in MODELS:
+        line = ["--model", model, "--recipe", "paper", "--dataset", small, "--epochs", 1]
+        line += ["--m1-epochs", 1] if model == "m1+m2" else []
+        run(*line, "--out-dir", tmp_path / model, "--no-images")
+        results = json.loads((tmp_path / model / "results.json").read_text())
+        also = {"batch_norm": "none", "lr_decay": 0, "ramp": 0, "recipe": "paper"}
+        assert results.items() >= (published[model] | also).items()
+        assert ssvae.settings_of(model, "paper")["epochs"] == 3000
+
+
+def test_init_std_and_batch_norm_are_where_they_should_be():
+    """Weights drawn with that standard deviation and biases 0; BN in the networks named."""
+    torch.manual_seed(0)
+    m2 = M2(200, 10, 50, (500, 300), batch_norm="none", init_std=0.01, activation="softplus")
+    for layer in m2.modules():
+        if isinstance(layer, torch.nn.Linear | torch.nn.Embedding):
+            assert layer.weight.std().item() == pytest.approx(0.01, rel=0.1)
+            assert getattr(layer, "bias", None) is None or not layer.bias.any()
+    for batch_norm, expected in (("none", []), ("q_y", ["q_y"]), ("all", ["q_y", "q_z", "p_x"])):
+        m2 = M2(20, 10, 5, (8,), batch_norm=batch_norm)
+        found = {n.split(".")[0] for n, m in m2.named_modules() if isinstance(m, ssvae.BatchNorm)}
+        assert found == set(expected)
+
+
+def test_weight_prior_is_minus_log_of_a_standard_normal(small, tmp_path, monkeypatch):
+    """An epoch with weight_prior 1 against one whose loss has -log N(theta; 0, I) / (N + M) added."""
+    args = ("--dataset", small, "--labels", 50, "--epochs", 1, "--precision", "float32")
+    run(*args, "--weight-prior", 1, "--out-dir", tmp_path / "a", "--no-images")
+    run(*args, "--out-dir", tmp_path / "none", "--no-images")
+    plain = M2.objective
+
+    def with_prior(self, *rest):
+        prior = D.Normal(0, 1)
+        log_p = sum(prior.log_prob(p).sum() for p in self.parameters())
+        return plain(self, *rest) - log_p / 2500  # of the 3000 images, 500 are for validation
+
+    monkeypatch.setattr(M2, "objective", with_prior)
+    run(*args, "--out-dir", tmp_path / "b", "--no-images")
+    a, b, none = (outcome(tmp_path / name)[0]["model"] for name in ("a", "b", "none"))
+    key = "p_x.2.weight"
+    torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-4)
+    assert (a[key] - none[key]).abs().max() > 20 * (a[key] - b[key]).abs().max()
 
 
 def test_other_seeds_draw_other_labels(small, tmp_path):
@@ -929,7 +985,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(small, tmp_path, capsys, monk
     args = ("--dataset", small, "--epochs", 3, "--batch-size", 200, "--out-dir", tmp_path / "b")
     run(*args, code=1)
     assert "epoch 2, step 3" in capsys.readouterr().err and len(calls) == 15
-    assert torch.load(tmp_path / "b" / "checkpoint.pt", weights_only=True)["epoch"] == 1
+    assert torch.load(tmp_path / "b" / "model.pt", weights_only=True)["epoch"] == 1
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -1003,6 +1059,10 @@ BAD = """
     --labels 10 20 | --seeds 2 | --reproduce --seed 1 | --reproduce --labels 0 | --nll 5
     --reproduce --seeds 0 | --load no.pt --nll 0 | --reproduce --labels 7 | --reproduce --resume
     --reproduce --alpha 2 | --reproduce --load no.pt
+    --hidden 0 | --hidden | --dropout 1 | --ramp 2 | --threshold -1 | --lr-decay 2 | --init-std -1
+    --activation tanh | --batch-norm some | --classifier-sees x | --classifier-sees mean
+    --beta 1 | --model m1 --dropout 0.1 | --recipe slow | --recipe= | --weight-prior -1 | --balance x
+    --load no.pt --recipe paper | --batch-labelled -1 | --reproduce --balance 1 | --reproduce --m1 x
     --load no.pt | --load text.pt | --load foreign.pt | --load malicious.pt | --load . | --load=
     --precision half | --precision= | --z-dim 0 | --z-dim x | --dataset svhn --data-dir /proc/none
     --dataset norb --data-dir file | --dataset norb --data-dir nowhere | --dataset svhn --data-dir x
@@ -1071,20 +1131,22 @@ def test_extreme_but_valid_values_run(small, tmp_path):
 def test_damaged_checkpoints_are_refused(small, tmp_path, monkeypatch, capsys):
     """Truncated, foreign, older and malicious ones: one line, exit code 2, nothing run."""
     args = (*quick("m2"), "--dataset", small, "--out-dir", tmp_path / "run")
-    save_torch = ssvae.save_torch
+    save = ssvae.Run.save
 
-    def interrupted(path, content):
-        save_torch(path, content)
+    def interrupted(*args, **how):
+        save(*args, **how)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ssvae, "save_torch", interrupted)
+    monkeypatch.setattr(ssvae.Run, "save", interrupted)
     run(*args, code=130)
     assert "--resume" in capsys.readouterr().err
-    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    checkpoint = tmp_path / "run" / "model.pt"
+    run("--load", checkpoint, code=2)
+    assert "unfinished" in capsys.readouterr().err
     whole = checkpoint.read_bytes()
     older = torch.load(checkpoint, weights_only=True)
     del older["rows"]
-    save_torch(tmp_path / "older.pt", older)
+    torch.save(older, tmp_path / "older.pt")
     bad_files(tmp_path, small)
     names = ["older.pt", "text.pt", "foreign.pt", "malicious.pt", "malicious2.pt"]
     rng = np.random.default_rng(0)
@@ -1221,8 +1283,10 @@ def test_precision(small, tmp_path):
 
 def test_help_names_every_option():
     text = command("--help").stdout
-    options = "model dataset labels epochs batch-size lr alpha m1-epochs m1 classifier seed"
-    for option in [*options.split(), "device", "data-dir", "out-dir", "resume", "overwrite"]:
+    options = "model dataset labels m1-epochs m1 seed recipe"
+    settings = [name.replace("_", "-") for name in ssvae.SETTINGS]
+    options = [*options.split(), *settings, "device", "data-dir", "out-dir", "resume", "overwrite"]
+    for option in options:
         assert f"--{option}" in text
 
 
@@ -1290,7 +1354,7 @@ def test_classes_can_be_pasted_elsewhere():
     )
     imports += "\nimport torch.nn.functional as F\n"
     x, y = (torch.rand(50, 20) < 0.5).float(), torch.arange(50) % 2
-    s = {"alpha": 1.0, "beta": 1.0, "ramp": 0.0, "balance": 1.0}
+    s = {"alpha": 1.0, "beta": 1.0, "ramp": 0.0, "balance": 1.0, "classifier_sees": "mean"}
     for pasted, make in (
         (m1, "M1(20, 3, (8,))"),
         (m2, "M2(20, 2, 3, (8,))"),
@@ -1330,13 +1394,14 @@ def trainable(model):
     """A model with its settings and made-up data: (model, settings, step function)."""
     device = ssvae.pick_device("auto")
     bf16 = ssvae.bfloat16_is_faster(device)
-    s = dict(ssvae.SETTINGS[model])
+    s = ssvae.settings_of(model)
     x = (torch.rand(600, 784, device=device) < 0.2).float()
     y = torch.arange(100, device=device) % 10
     if model == "m1":
-        net = M1(784, s["z_dim"], s["hidden"])
+        net = ssvae.build(M1, s, 784, likelihood="bernoulli")
     else:
-        net = ssvae.new_m2(s, *((784, 10, "bernoulli") if model == "m2" else (30, 10, "gaussian")))
+        x_dim, likelihood = (784, "bernoulli") if model == "m2" else (30, "gaussian")
+        net = ssvae.build(M2, s, x_dim, 10, likelihood=likelihood)
         with torch.no_grad():
             net.q_y[-1].bias[0] = 30.0  # sure of itself, as after some epochs: one label an image
         if model == "m1+m2":
@@ -1409,13 +1474,9 @@ def epoch_seconds(x, y, out, epochs, *options):
     """Mean time of M2's epochs after the first, on these images, by the command itself."""
     path = out / "images.npz"
     np.savez(path, x_train=x, y_train=y, x_test=x[:1000], y_test=y[:1000])
-    table = ssvae.SETTINGS["m2"] | {k: v for k, v in options if k in ssvae.SETTINGS["m2"]}
-    before, ssvae.SETTINGS["m2"] = ssvae.SETTINGS["m2"], table
-    labels = dict(options).get("labels", 3000)
-    args = ["--dataset", path, "--labels", labels, "--epochs", epochs, "--out-dir", out / "run"]
+    args = ["--dataset", path, "--epochs", epochs, "--out-dir", out / "run", *options]
     with contextlib.redirect_stdout(io.StringIO()):
         run(*args, "--overwrite", "--no-images")
-    ssvae.SETTINGS["m2"] = before
     rows = list(csv.DictReader((out / "run" / "log.csv").open()))
     return float(np.mean([float(row["seconds"]) for row in rows[1:]]))
 
@@ -1428,23 +1489,23 @@ def benchmark_epochs(out):
     else:
         name, (x, y) = "glyphs", ssvae.glyphs(n)
     print(f"\nAn epoch of M2 on {name}, 50,000 images, 3000 labels, mean of epochs 2 to 10:")
-    all_labels = epoch_seconds(x, y, out, 10, ("threshold", 0.0))
-    kept = epoch_seconds(x, y, out, 10)
+    all_labels = epoch_seconds(x, y, out, 10, "--labels", 3000, "--threshold", 0)
+    kept = epoch_seconds(x, y, out, 10, "--labels", 3000)
     for what, t in (("default threshold", kept), ("threshold 0", all_labels)):
         print(f"{what:20}{t:8.2f} s {50_000 / t:10,.0f} images/s")
     print(f"{'ratio':20}{all_labels / kept:8.2f}")
     print("\nAn epoch of M2, by number of images (mean of epochs 2 to 6, 1000 labels):")
     for n in (12_000, 24_000, 60_000):  # of which a sixth are validation images
-        t = epoch_seconds(x[:n], y[:n], out, 6, ("labels", 1000))
+        t = epoch_seconds(x[:n], y[:n], out, 6, "--labels", 1000)
         print(f"{n * 5 // 6:20,}{t:8.2f} s {n * 5 / 6 / t:10,.0f} images/s")
     print("\nAn epoch of M2 by number of classes K (24,000 images, mean of epochs 4 to 10):")
-    ten = epoch_seconds(x[:24_000], y[:24_000], out, 10, ("labels", 1000))
+    ten = epoch_seconds(x[:24_000], y[:24_000], out, 10, "--labels", 1000)
     fine = y[:24_000] * 10 + np.arange(24_000) % 10  # ten arbitrary parts of every class
     # the parts are told apart by a bright corner, so that there is something to learn
     marked = x[:24_000].copy()
     for part in range(10):
         marked[fine % 10 == part, :3, part * 2 : part * 2 + 3] = 255
-    hundred = epoch_seconds(marked, fine, out, 10, ("labels", 1000))
+    hundred = epoch_seconds(marked, fine, out, 10, "--labels", 1000)
     for what, t in (("K = 10", ten), ("K = 100", hundred), ("ratio", hundred / ten)):
         print(f"{what:20}{t:8.2f}")
 
