@@ -310,6 +310,30 @@ def test_M1M2_bound():
         assert near((log_w - log_p_x).exp(), 1.0)  # E[w] = p(x)
 
 
+@pytest.mark.parametrize("sees", ["mean", "draw"])
+def test_stack_objective_by_hand(fixed_noise, sees):
+    """Eq. 8 and 9 with z1 = mu + 0.3 sigma for x and, in q(y|.), the mean or that draw."""
+    torch.manual_seed(0)
+    m1 = scrambled(M1(6, z_dim=3, hidden=(5,)))
+    m2 = scrambled(M2(2, 3, z_dim=1, hidden=(4,), likelihood="gaussian"), scale=0.5)
+    stack = M1M2(m1, m2, torch.tensor([0, 2]))
+    x_l, x_u, y = torch.rand(3, 6), torch.rand(4, 6), torch.tensor([0, 1, 2])
+    s = {"alpha": 0.7, "ramp": 0.0, "balance": 0.0, "classifier_sees": sees}
+    found = stack.objective(stack.encode(x_l), y, stack.encode(x_u), 0.2, 1.0, s)
+    means, draws = [], []
+    for x in (x_l, x_u):
+        mu, sigma = (f(part)[:, [0, 2]] for f, part in zip((lambda v: v, lambda v: (v / 2).exp()),
+                                                          m1.q_z(x).chunk(2, -1), strict=True))  # fmt: skip
+        means.append(mu)
+        draws.append(mu + 0.3 * sigma)
+    q_l, q_u = (m2.q_y(z).softmax(-1) for z in (means if sees == "mean" else draws))
+    every = lambda z: torch.stack([m2.L(z, torch.full((len(z),), k)) for k in range(3)], 1)
+    U = (q_u * every(draws[1])).sum(1) - D.Categorical(probs=q_u).entropy()
+    oracle = 0.2 * every(draws[0])[range(3), y].mean() + 0.8 * U.mean()
+    oracle = oracle - 0.7 * q_l[range(3), y].log().mean()
+    torch.testing.assert_close(found, oracle)
+
+
 # ---- numbers at the edges ------------------------------------------------------------------------
 
 
@@ -325,8 +349,9 @@ def test_losses_and_gradients_stay_finite(fill, size, bf16):
     m2.q_y[-1].bias.data = torch.tensor([1e4, -1e4])
     stack = M1M2(M1(20, 3, (8,)), M2(3, 2, 1, (8,), likelihood="gaussian"), torch.arange(3)).train()
     for model in (m1, m2, stack):
+        seen = model.encode(x) if model is stack else x
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = model.objective(x, y, x, 0.5, 1.0, s)
+            loss = model.objective(seen, y, seen, 0.5, 1.0, s)
         loss.backward()
         assert loss.isfinite()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
@@ -1366,8 +1391,9 @@ def test_classes_can_be_pasted_elsewhere():
         model = eval(make, namespace)
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
         losses = []
+        seen = model.eval().train().encode(x) if "M1M2" in make else x
         for _ in range(100):
-            loss = model.objective(x, y, x, 0.5, 1.0, s)
+            loss = model.objective(seen, y, seen, 0.5, 1.0, s)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -1407,6 +1433,7 @@ def trainable(model):
         if model == "m1+m2":
             net = M1M2(M1(784), net, torch.arange(30))
     net = net.to(device).train()
+    x = net.encode(x) if model == "m1+m2" else x
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], fused=True)
     x_l, x_u = (x[:0], x[:500]) if model == "m1" else (x[:100], x[100:])
 
