@@ -47,7 +47,6 @@ M1's features, 7 data, 8 training, 9 evaluation, 10 pictures, 11 the command lin
 """
 
 import argparse
-import contextlib
 import csv
 import gzip
 import io
@@ -543,7 +542,7 @@ class M2(nn.Module):
 
         The failure to avoid: q(y|x) soon fits the few labels and is certain everywhere, right or
         wrong. In eq. 7 it then sees only its own guess, and the generative model learns the wrong
-        class from it. Four things work against that. U fades in from weight 0 to 1 while t goes
+        class from it. Five things work against that. U fades in from weight 0 to 1 while t goes
         from 0 to s["ramp"]: q(y|x) hears the labels (alpha) before it hears the generative model,
         which at first has no opinion worth hearing. (The generative model itself sees mostly U
         after a few steps; its gradients are small then, but Adam's steps hardly depend on scale.)
@@ -551,8 +550,11 @@ class M2(nn.Module):
         keeps them from being outvoted by the many guesses. And no class may swallow another: in the
         model the mean of p(y|x) over images is p(y), so the mean of q(y|x) is drawn to p(y) as
         well: over all images that KL is 0 for a right q(y|x), if the classes are as frequent as
-        p(y) says. It is not faded in: classes are swallowed early. After the ramp the loss is
-        J^alpha / (N + M), with the sum over y as the threshold has it, and balance times this KL.
+        p(y) says. It is not faded in: classes are swallowed early. On pixels z is small: whatever z
+        can say about the class, y need not say, and L(x,y) tells one y less from another. (Error on
+        the validation images after 40 epochs, seed 0: 6.6, 4.1, 6.0 % for 5, 10, 50 dimensions.)
+        After the ramp the loss is J^alpha / (N + M), with the sum
+        over y as the threshold has it, and balance times this KL.
         """
         ramp = fade_in(t, s["ramp"])
         return self.J_alpha(x_l, y_l, x_u, labelled, s["alpha"], ramp, s["balance"], log_q)
@@ -897,22 +899,6 @@ def load_norb(folder: Path) -> list[np.ndarray]:
     return arrays
 
 
-def load_torchvision(dataset: str, data_dir: Path) -> list[np.ndarray]:
-    """x_train, y_train, x_test, y_test of mnist, fashion or svhn, read from data_dir, a torchvision
-    root, or downloaded there: uint8 images [n, C, H, W], labels 0..9.
-    """
-    from torchvision import datasets  # here, since it takes a second to import
-
-    if dataset == "svhn":
-        sets = [datasets.SVHN(str(data_dir), part, download=True) for part in ("train", "test")]
-        arrays = [a for s in sets for a in (s.data, s.labels)]
-    else:
-        kind = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST}[dataset]
-        sets = [kind(str(data_dir), train=train, download=True) for train in (True, False)]
-        arrays = [a for s in sets for a in (s.data.numpy()[:, None], s.targets.numpy())]
-    return arrays
-
-
 # The files that each data set is read from, relative to --data-dir.
 FILES = {
     "mnist": "MNIST/raw/ with the four idx files",
@@ -923,24 +909,25 @@ FILES = {
 
 
 def load_known(dataset: str, data_dir: Path) -> list[np.ndarray]:
-    """x_train, y_train, x_test, y_test of a data set in FILES, downloaded to data_dir if need be.
+    """x_train, y_train, x_test, y_test of a data set in FILES, downloaded to data_dir, a
+    torchvision root, if need be: images [n, C, H, W], labels 0..K-1.
 
     Raises BadInput if the files are neither there nor to be had, or do not read as they should.
     """
-    new = []
     try:
-        first = data_dir / FILES[dataset].split()[0]
-        new = [folder for folder in (first, *first.parents) if not folder.exists()]
         if dataset == "norb":
             return load_norb(data_dir / "norb")
-        return load_torchvision(dataset, data_dir)
+        from torchvision import datasets  # here, since it takes a second to import
+
+        if dataset == "svhn":
+            sets = [datasets.SVHN(str(data_dir), part, download=True) for part in ("train", "test")]
+            return [a for s in sets for a in (s.data, s.labels)]
+        kind = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST}[dataset]
+        sets = [kind(str(data_dir), train=train, download=True) for train in (True, False)]
+        return [a for s in sets for a in (s.data.numpy()[:, None], s.targets.numpy())]
+    except BadInput:
+        raise
     except Exception as error:  # torchvision raises of every kind here: network, format, disk
-        with contextlib.suppress(OSError):
-            for folder in new:  # leave no empty folder behind
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
-        if isinstance(error, BadInput):
-            raise
         raise BadInput(
             f"cannot read or download {dataset} in {str(data_dir)[:100]} ({one_line(error)}): give "
             f"--data-dir a folder that holds {FILES[dataset]}, or use --dataset glyphs"
@@ -1165,7 +1152,6 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> N
                         f"the loss became infinite or NaN in epoch {epoch + 1}, step "
                         f"{bad[0, 0] + 1}; try a learning rate below {s['lr']:g}, with --overwrite"
                     )
-            run.tick(epoch, (step + 1) / steps)
         seconds = time.perf_counter() - start
         model.eval()
         row = {
@@ -1429,7 +1415,6 @@ SAVED = {
     "rows": list,  # of log.csv
     "seconds": float,
 }
-SAVED_SETTINGS = {"model": str, "dataset": str, "labels": int, "seed": int, "file": str | None}
 
 
 def load_saved(path: Path, device, finished=True) -> dict:
@@ -1442,13 +1427,13 @@ def load_saved(path: Path, device, finished=True) -> dict:
         raise BadInput(
             f"cannot read {path} ({one_line(error)}): is it a file written by ssvae.py?"
         ) from error
-    for holder, kinds in ((lambda: saved, SAVED), (lambda: saved["settings"], SAVED_SETTINGS)):
-        found = holder()
-        if not isinstance(found, dict) or not all(
-            key in found and isinstance(found[key], kind) for key, kind in kinds.items()
-        ):
-            raise BadInput(f"{path} was not written by this version of ssvae.py")
-    if saved["settings"]["model"] not in MODELS or not 0 <= saved["settings"]["seed"] < 2**63:
+
+    def fits(part, kinds):
+        return isinstance(part, dict) and all(isinstance(part.get(k), kinds[k]) for k in kinds)
+
+    in_settings = {"model": str, "dataset": str, "labels": int, "seed": int, "file": str | None}
+    known = fits(saved, SAVED) and fits(saved["settings"], in_settings)
+    if not known or saved["settings"]["model"] not in MODELS or saved["settings"]["seed"] >> 63:
         raise BadInput(f"{path} was not written by this version of ssvae.py")
     if finished and saved["optimizer"] is not None:
         raise BadInput(f"{path} is of an unfinished run; go on with it by --resume first")
@@ -1456,11 +1441,11 @@ def load_saved(path: Path, device, finished=True) -> dict:
 
 
 class Run:
-    """A run's folder, progress lines and log; with saved, a model.pt, it goes on from there."""
+    """A run's folder, its model.pt and log; with saved, a model.pt, it goes on from there."""
 
     def __init__(self, folder: Path, settings: dict, saved: dict | None, pca, images: bool):
         self.folder, self.settings, self.saved = folder, settings, saved
-        self.pca, self.images, self.last_tick = pca, images, 0.0
+        self.pca, self.images = pca, images
         self.rows = saved["rows"] if saved else []
         self.start = time.perf_counter() - (saved["seconds"] if saved else 0)
 
@@ -1480,30 +1465,18 @@ class Run:
             self.first_epoch = self.saved["epoch"]
         return self.first_epoch
 
-    def left(self, done: float) -> str:
-        """Time left in this stage after so many of its epochs, as minutes:seconds."""
-        elapsed = time.perf_counter() - self.stage_start
-        left = int(elapsed * (self.epochs - done) / max(done - self.first_epoch, 1e-9))
-        return f"{left // 60}:{left % 60:02d} left"
-
-    def tick(self, epoch: int, fraction: float) -> None:
-        """In a terminal, a line that is overwritten a few times a second."""
-        if sys.stdout.isatty() and time.perf_counter() - self.last_tick > 0.2:
-            self.last_tick = time.perf_counter()
-            line = f"{self.stage} epoch {epoch + 1}/{self.epochs} {fraction:4.0%}"
-            print(f"\r{line}  {self.left(epoch + fraction)}\x1b[K", end="", flush=True)
-
     def end_epoch(self, row: dict, model: nn.Module, optimizer) -> None:
         """Save model.pt; then log the row and print it."""
         self.rows.append({"stage": self.stage, **row})
         self.save(row["epoch"], model, optimizer)
         if self.images:
             write_picture(self.folder / "curves.png", curves(self.rows))
+        elapsed, done = time.perf_counter() - self.stage_start, row["epoch"] - self.first_epoch
+        left = int(elapsed / done * (self.epochs - row["epoch"]))
         print(
-            ("\r\x1b[K" if sys.stdout.isatty() else "")
-            + f"{self.stage} epoch {row['epoch']}/{self.epochs}  bound {row['bound']:.2f} nats  "
+            f"{self.stage} epoch {row['epoch']}/{self.epochs}  bound {row['bound']:.2f} nats  "
             f"valid error {row['valid_error']:.2f} %  {row['images_per_second']:,.0f} images/s  "
-            f"{self.left(row['epoch'])}",
+            f"{left // 60}:{left % 60:02d} left",
             flush=True,
         )
 
@@ -1567,62 +1540,41 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description="Semi-supervised learning with deep generative models: M1, M2 and M1+M2.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    add, data_dir = parser.add_argument, os.environ.get("SSVAE_DATA_DIR") or "data"
+    # fmt: off
     add("--model", choices=MODELS, help="default: m2")
-    add(
-        "--dataset",
-        help="mnist, fashion, svhn, norb, glyphs (built in), a file PATH.npz with x_train, "
-        "y_train, x_test, y_test, or auto (default): mnist, and glyphs where it cannot be had",
-    )
-    add(
-        "--labels",
-        type=count,
-        nargs="+",
-        metavar="N",
-        help="number of labelled images (100; svhn, norb 1000); several with --reproduce",
-    )
+    add("--dataset", help="mnist, fashion, svhn, norb, glyphs (built in), a file PATH.npz with "
+        "x_train, y_train, x_test, y_test, or auto (default): mnist, else glyphs")
+    add("--labels", type=count, nargs="+", metavar="N",
+        help="number of labelled images (100; svhn, norb 1000); several with --reproduce")
     add("--seed", type=number(int, 0, high=2**63 - 1), help="draws splits, weights and noise (0)")
-    add("--recipe", choices=["fast", "paper"], help="column of the settings below (fast)")
+    add("--recipe", choices=["fast", "paper"], help="which column of the settings (fast)")
     add("--m1-epochs", type=count, help="for m1+m2: epochs of its M1 stage")
-    add("--m1", type=Path, metavar="FILE", help="model.pt of an M1 to use instead of training one")
+    add("--m1", type=Path, metavar="FILE", help="model.pt of an M1 to use, not to train one")
     add("--device", default="auto", help="auto (an accelerator if there is one), cpu, cuda, ...")
-    add(
-        "--precision",
-        choices=["auto", "float32", "bfloat16"],
-        default="auto",
-        help="of matrix products in training; auto (default): bfloat16 where it is faster",
-    )
-    data_dir = os.environ.get("SSVAE_DATA_DIR") or "data"
+    add("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
+        help="of matrix products in training; auto (default): bfloat16 where it is faster")
     add("--data-dir", type=Path, default=Path(data_dir), help="default: $SSVAE_DATA_DIR or data")
     add("--out-dir", type=Path, help="default: runs/<model>-<dataset>-<N>-<seed>")
     add("--resume", action="store_true", help="go on with the run if it was interrupted")
     add("--overwrite", action="store_true", help="train afresh where a run is already")
     add("--no-images", action="store_true", help="draw no pictures")
     add("--load", type=Path, metavar="FILE", help="a model.pt to evaluate and draw, not to train")
-    add(
-        "--nll",
-        type=count,
-        metavar="S",
-        help="with --load: log p(x) of 1000 test images, importance-sampled with S draws of z",
-    )
-    add(
-        "--reproduce",
-        action="store_true",
-        help="the paper's table: every model (or --model), --labels (100 600 1000 3000) and seed "
-        "from 0 to --seeds; the same command goes on where it was interrupted",
-    )
+    add("--nll", type=count, metavar="S", help="with --load: log p(x) of 1000 test images, "
+        "importance-sampled with S draws of z")
+    add("--reproduce", action="store_true", help="the paper's table: every model (or --model), "
+        "--labels (100 600 1000 3000) and seed from 0 to --seeds; again, it goes on")
     add("--seeds", type=count, help="number of seeds of --reproduce (5)")
+    # fmt: on
     group = parser.add_argument_group(
         "settings, with their defaults for m1, m2 and m1+m2 (there, of the M2 stage)"
     )
     for name, (fast, _, meaning) in SETTINGS.items():
-        values = [v for v in fast if v is not None]
+        values = [value for value in fast if value is not None]
         kind = int if name == "hidden" else type(values[0])
         group.add_argument(
             "--" + name.replace("_", "-"),
-            type=str
-            if kind is str
-            else number(kind, *LIMITS.get(name, (1 if kind is int else 0,))),
+            type=str if kind is str else number(kind, *LIMITS.get(name, (int(kind is int),))),
             nargs="+" if name == "hidden" else None,
             choices=CHOICES.get(name),
             metavar=name.split("_")[-1].upper(),
@@ -1630,47 +1582,41 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         )
     args = parser.parse_args(argv)
 
-    def refuse(why: str, *names: str):
+    # Options that would have no meaning are refused: (when, why, which).
+    train, model = not (args.load or args.reproduce), args.model or "m2"
+    for when, why, names in (
+        (args.load, "--load trains nothing", [*SETTINGS, "m1_epochs", "resume", "overwrite"]),
+        (args.load, "--load evaluates one model", ["reproduce", "seeds", "recipe", "m1"]),
+        (not args.load, "--nll is for a saved model, with --load", ["nll"]),
+        (args.reproduce, "--reproduce goes on by itself", ["resume", "overwrite"]),
+        (args.reproduce, "--reproduce has its own seeds and M1s", ["seed", "m1"]),
+        (args.reproduce and not args.model, "without --model, --reproduce runs the defaults",
+         [name for name in SETTINGS if name != "epochs"]),
+        (train, "--seeds is for --reproduce; --seed is one run's", ["seeds"]),
+        (train and model != "m1+m2", "only m1+m2 has an M1 stage", ["m1_epochs"]),
+        (train and model == "m2", "m2 has no M1", ["m1"]),
+        (args.m1, "--m1 gives a trained M1", ["m1_epochs"]),
+        (args.m1 and model == "m1", "--m1 gives a trained M1",
+         [name for name in SETTINGS if name != "classifier"]),
+        (args.resume, "--resume goes on with a run, --overwrite trains afresh", ["overwrite"]),
+    ):  # fmt: skip
         for name in names:
-            if getattr(args, name) is not None and getattr(args, name) is not False:
+            if when and getattr(args, name) is not None and getattr(args, name) is not False:
                 raise BadInput(f"{why}; drop --{name.replace('_', '-')}")
-
-    if args.load:
-        refuse("--load trains nothing", *SETTINGS, "m1", "m1_epochs", "resume", "overwrite")
-        refuse("--load evaluates one model", "reproduce", "seeds", "recipe")
-    else:
-        refuse("--nll is for a saved model, with --load", "nll")
-    if args.reproduce:
-        refuse("--reproduce goes on by itself", "resume", "overwrite")
-        refuse("--reproduce has its own seeds and M1s", "seed", "m1")
-        if not args.model:
-            refuse("--reproduce runs the defaults; give --model", *(set(SETTINGS) - {"epochs"}))
-        args.labels, args.seeds = args.labels or [100, 600, 1000, 3000], args.seeds or 5
-    else:
-        refuse("--seeds is for --reproduce; --seed is one run's", "seeds")
-        if args.labels and len(args.labels) > 1:
-            raise BadInput("several --labels are for --reproduce; give one")
-        args.labels = args.labels and args.labels[0]
-    if args.load:
-        return args
-    args.dataset = "auto" if args.dataset is None else args.dataset
+    if args.labels and len(args.labels) > 1 and not args.reproduce:
+        raise BadInput("several --labels are for --reproduce; give one")
     known = ("auto", *FILES, "glyphs")
-    if args.dataset not in known and not args.dataset.endswith(".npz"):
+    if not args.load and args.dataset is None:
+        args.dataset = "auto"
+    if args.dataset and args.dataset not in known and not args.dataset.endswith(".npz"):
         raise BadInput(f"--dataset {args.dataset}: choose {', '.join(known)} or a file PATH.npz")
     args.recipe = args.recipe or "fast"
     if args.reproduce:
-        return args
-    args.model, args.seed = args.model or "m2", args.seed or 0
-    if args.model != "m1+m2":
-        refuse("only m1+m2 has an M1 stage", "m1_epochs")
-    if args.model == "m2":
-        refuse("m2 has no M1", "m1")
-    if args.m1:
-        refuse("--m1 gives a trained M1", "m1_epochs")
-        if args.model == "m1":
-            refuse("--m1 gives a trained M1", *(set(SETTINGS) - {"classifier"}))
-    if args.resume:
-        refuse("--resume goes on with a run, --overwrite trains afresh", "overwrite")
+        args.labels, args.seeds = args.labels or [100, 600, 1000, 3000], args.seeds or 5
+    else:
+        args.labels = args.labels and args.labels[0]
+    if train:
+        args.model, args.seed = model, args.seed or 0
     return args
 
 
