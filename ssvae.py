@@ -3,17 +3,17 @@ r"""Semi-supervised learning with deep generative models: M1, M2 and M1+M2, in o
     D. P. Kingma, D. J. Rezende, S. Mohamed, M. Welling,
     "Semi-Supervised Learning with Deep Generative Models", NIPS 2014, arXiv 1406.5298v2.
 
-Equation and section numbers below are that paper's. Run it:
+Equations and sections (eq. 5, section 2.1) are that paper's; 1. to 11. are this file's. Run it:
 
     python ssvae.py --model m2 --dataset mnist
 
 THE PROBLEM.  60,000 images of digits are cheap; the labels are not. Say N = 100 images have one.
-A classifier trained on those 100 alone errs on about a fifth to a quarter of new digits. Can the
-other images, unlabelled, teach it the rest? If we model how images arise, p(x), from a digit class
-and a style, then to explain the unlabelled images well is to find out which class each belongs to.
+A neural network trained on those 100 alone errs on 26 % of new digits (Table 1). Can the other
+images, unlabelled, teach it the rest? If we model how images arise, p(x), from a digit class
+and a style, then explaining the unlabelled images well may reveal which class each belongs to.
 
 THE MODELS.  Circles in (parentheses) are latent, boxes in [brackets] observed, arrows generate.
-In M2, z is the style: what is not the class. (M1's z is all there is to say about the image.)
+In M2, z is the style: what is not the class.
 
     M1 (section 2.1)          M2 (section 2.2)              M1+M2 (section 3.1.3)
 
@@ -30,7 +30,8 @@ All three are trained alike: log p(x), the quantity we want high, is an intracta
 the latent variables, so we raise a lower bound on it that we can compute (derived at M1).
 
 NOTATION (the paper's)
-    x           an image as a vector of D pixels, [B, D] in a minibatch of B
+    x           an image as a vector of D pixels, [B, D] in a minibatch of B; binary ones are drawn
+                afresh from grey images at every visit (a pixel is the probability of being on)
     y           its class, an integer in 0..K-1, [B]
     z, z1, z2   continuous latent variables, [B, Z]
     p_theta     the generative model or "decoder":  p(y) p(z) p(x|y,z)
@@ -47,6 +48,7 @@ M1's features, 7 data, 8 training, 9 evaluation, 10 pictures, 11 the command lin
 """
 
 import argparse
+import contextlib
 import csv
 import gzip
 import io
@@ -69,10 +71,10 @@ from torch import Tensor, nn
 # =================================================================================================
 # 1. SETTINGS: one table, two recipes
 # =================================================================================================
-# "fast" (the default) was chosen on MNIST with N = 100, by the error on the 10,000 validation images
-# (whose labels are used for that, as in the paper: N labels alone would be a poor guide); "paper" is
-# what the paper and its authors' code publish. For the stack, M1's stage takes the column m1, its
-# M2 stage the column m1+m2. Every row is also an option of the command line, --batch-size 200, say.
+# "fast" (the default) was chosen on MNIST with N = 100, by the error on the 10,000 validation
+# images (whose labels are used for that, as in the paper: N labels alone would be a poor guide);
+# "paper" is what the paper and its authors' code publish. For the stack, M1's stage takes the
+# column m1, its M2 stage the column m1+m2. Every row is also an option: --batch-size 200, say.
 
 MODELS = ("m1", "m2", "m1+m2")
 # fmt: off
@@ -81,7 +83,7 @@ SETTINGS = {
     "epochs": ((30, 60, 100), (3000, 3000, 3000), "passes over the training images"),
     "batch_size": ((500, 500, 500), (500, 500, 500), "unlabelled images in a minibatch"),
     "batch_labelled": ((None, 100, 100), (None, 0, 0),
-                       "labelled images beside them; 0: as large a part of them as of the others"),
+                       "labelled images beside them; 0: batch_size times N/M, at least 1"),
     "lr": ((3e-3, 2e-3, 3e-3), (3e-4, 3e-4, 3e-4), "Adam's first step size"),
     "lr_decay": ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0),
                  "part of it that is lost, linearly, in the course of training"),
@@ -107,7 +109,7 @@ SETTINGS = {
     "ramp": ((0.15, 0.5, 0.5), (0.0, 0.0, 0.0),
              "part of training in which M1's KL or M2's unlabelled images fade in (see objective)"),
     "threshold": ((None, 0.01, 0.01), (None, 0.0, 0.0),
-                  "labels with q(y|x) below it are left out of U (see M2); 0 on GPUs"),
+                  "labels with q(y|x) below it are left out of U (see M2); 0 on GPUs (see train)"),
     "classifier_sees": ((None, None, "mean"), (None, None, "draw"),
                         "the stack's q(y|x) is given the mean of q(z1|x) or the draw z1"),
     "classifier": (("tsvm", None, None), ("tsvm", None, None),
@@ -275,7 +277,7 @@ def fade_in(t: float, ramp: float) -> float:
 # Bernoulli: a pixel is on or off. Right for ink on paper; grey is read as the probability of on.
 # Gaussian: x is any real number, its noise independent from dimension to dimension. Right for
 # shades and colours once neighbouring pixels, far from independent, are rotated to principal
-# components (section 7). It also gives probability to values that no image has.
+# components (7. DATA). It also gives probability to values that no image has.
 LIKELIHOODS = {
     "bernoulli": (1, log_bernoulli, torch.sigmoid),  # one logit a pixel
     "gaussian": (2, log_gaussian, lambda mu, logvar: mu),  # a mean and a log-variance a dimension
@@ -295,8 +297,7 @@ LIKELIHOODS = {
 #     -J(x) = log p(x) - KL( q(z|x) || p(z|x) ),
 # so lowering J raises log p(x) or draws q(z|x) to the true posterior: fitting the model and doing
 # inference are one minimisation. The first term of -J rewards z that reconstructs x; the KL is the
-# price of what z says about x: its mean over x is the mutual information of x and z plus the
-# divergence of the mean q(z) from p(z).
+# price, in nats, of what z says about x.
 
 
 class M1(nn.Module):
@@ -344,11 +345,11 @@ class M1(nn.Module):
 
         Why the ramp. Early on the decoder is too poor to use z, so the cheapest thing a latent
         dimension can do is to pay no KL: q(z_d|x) = p(z_d). The decoder then learns to ignore it,
-        and gradients rarely bring it back (posterior collapse). A KL weight beta that grows from
-        0 to 1 lets the decoder learn to use z first. Batch normalisation helps as well: it keeps
+        and gradients rarely bring it back (posterior collapse). A KL weight that grows from 0 to
+        s["beta"] lets the decoder learn to use z first. Batch normalisation helps as well: it keeps
         what the last hidden layer tells mu(x) varying over the images of a minibatch.
-        Afterwards beta is s["beta"]: at 1 the loss is eq. 5; below, more of x goes into z than the
-        best bound asks for.
+        At beta = 1 the loss then is eq. 5; below, more of x goes into z than the best bound asks
+        for; at 0 the noise of z would vanish (sigma -> 0) and leave a plain autoencoder.
         """
         return self.J(x_u, beta=s["beta"] * fade_in(t, s["ramp"])).mean()
 
@@ -359,7 +360,7 @@ class M1(nn.Module):
     def log_weight(self, x: Tensor) -> Tensor:
         """log w = log p(x|z) + log p(z) - log q(z|x) for one draw z ~ q(z|x), [B], nats per image.
 
-        The inside of eq. 5's expectation before Jensen: E_q[w] = p(x). See log_likelihood.
+        w is what eq. 5 averages before Jensen's inequality: E_q[w] = p(x). See log_likelihood.
         """
         mu, logvar = self.encode(x)
         z = sample_gaussian(mu, logvar)
@@ -400,7 +401,8 @@ class M1(nn.Module):
 #
 # THE WHOLE SET of N labelled and M unlabelled images:
 #     J = sum_labelled L(x,y) + sum_unlabelled U(x)                                          (eq. 8)
-# L(x,y) does not contain q(y|x), yet that is the classifier we want. So it is given the labels too:
+# L(x,y) does not contain q(y|x): the classifier we want would never see a label. So it is given
+# them as well:
 #     J^alpha = J + alpha * E_labelled[ -log q(y|x) ]                                        (eq. 9)
 #
 # WHAT ALPHA IS. The paper sets alpha = 0.1 * N without saying which N, and E_labelled is a mean
@@ -416,7 +418,8 @@ class M1(nn.Module):
 # which it gives less than a threshold, and renormalise what is left to q~(y|x): U with q~ in place
 # of q is again minus a lower bound on log p(x), by the formula above as tight as q~ is close to r.
 # It costs one L(x,y) per label kept: once q(y|x) is sure of most images, little more than one.
-# At threshold 0 it is U itself. The price: a label cut for x gets no say until q(y|x) changes.
+# At threshold 0 it is U itself. The price: U sends no gradient to the logit of a label cut for x;
+# only what q(y|x) learns from other images can bring the label back.
 
 
 class M2(nn.Module):
@@ -446,7 +449,8 @@ class M2(nn.Module):
         # q(z|x,y) and p(x|y,z) take two inputs. Their first layer is linear in [x, one-hot(y)]:
         # W [x, one-hot(y)] = W_x x + (column y of W_y). So W_x is the first layer of an ordinary
         # MLP on x and W_y a table of K vectors, and W_x x is computed once for all labels of x.
-        # The tables start with larger entries than W_x, so that y matters from the start.
+        # (In p(x|y,z) z takes the place of x.) Unless init_std says otherwise, the tables start
+        # with larger entries than W_x, so that y matters from the start.
         self.q_z = mlp(x_dim, *hidden, 2 * z_dim, **how)
         self.q_z_y = nn.Embedding(y_dim, hidden[0])
         outputs = x_dim * self.outputs
@@ -516,15 +520,15 @@ class M2(nn.Module):
     ) -> Tensor:
         """Eq. 8 and 9 per image of the whole set, estimated from a minibatch: a scalar, nats.
 
-        labelled = N / (N + M). The N labelled images are few, so every minibatch takes many of
-        them beside its unlabelled ones. The two means are weighed by their shares of the whole set,
+        labelled = N / (N + M). The N labelled images are few, so a minibatch may take more than
+        their share of them. The two means are weighed by their shares of the whole set,
         not of the minibatch, so this estimates J^alpha / (N + M), if ramp = 1, balance = 0 and the
-        threshold is 0. alpha is the weight per image; ramp multiplies U; balance multiplies
-        KL( p(y) || mean of q(y|x) over x_u ). log_q = log q(y|x) of x_l and x_u, [B, K], where it
-        is not this model's own function of x (the stack).
+        threshold is 0. alpha is the weight per image; ramp multiplies U; balance, less for small
+        minibatches, multiplies KL( p(y) || mean of q(y|x) over x_u ). log_q = log q(y|x) of x_l and
+        x_u, [B, K], where it is not this model's own function of x (the stack).
         """
         if log_q is None:
-            log_q = self.log_q_y(torch.cat([x_l, x_u]))  # together: one batch normalisation
+            log_q = self.log_q_y(torch.cat([x_l, x_u]))  # together, so both are normalised alike
         log_q_l, log_q_u = log_q[: len(x_l)], log_q[len(x_l) :]
         J = labelled * self.L(x_l, y_l).mean()
         if len(x_u):
@@ -541,20 +545,21 @@ class M2(nn.Module):
         """Training loss, a scalar in nats per image; t in [0, 1] is how much of training is done.
 
         The failure to avoid: q(y|x) soon fits the few labels and is certain everywhere, right or
-        wrong. In eq. 7 it then sees only its own guess, and the generative model learns the wrong
-        class from it. Five things work against that. U fades in from weight 0 to 1 while t goes
-        from 0 to s["ramp"]: q(y|x) hears the labels (alpha) before it hears the generative model,
-        which at first has no opinion worth hearing. (The generative model itself sees mostly U
-        after a few steps; its gradients are small then, but Adam's steps hardly depend on scale.)
-        Dropout keeps q(y|x) from fitting the labels too closely. An alpha larger than the paper's
-        keeps them from being outvoted by the many guesses. And no class may swallow another: in the
-        model the mean of p(y|x) over images is p(y), so the mean of q(y|x) is drawn to p(y) as
-        well: over all images that KL is 0 for a right q(y|x), if the classes are as frequent as
-        p(y) says. It is not faded in: classes are swallowed early. On pixels z is small: whatever z
-        can say about the class, y need not say, and L(x,y) tells one y less from another. (Error on
-        the validation images after 40 epochs, seed 0: 6.6, 4.1, 6.0 % for 5, 10, 50 dimensions.)
+        wrong. Eq. 7 weighs L(x,y) by q(y|x), so the generative model then learns the wrong class,
+        and teaches it back. Five things work against that, none of them the paper's.
+        (1) U fades in from weight 0 to 1 while t goes from 0 to s["ramp"]: q(y|x) hears the labels
+        before it hears the generative model, which at first has no opinion worth hearing. (The
+        generative model learns from U almost at once: Adam's steps hardly depend on its weight.)
+        (2) Dropout keeps q(y|x) from fitting the labels too closely.
+        (3) An alpha larger than the paper's keeps them from being outvoted by the many guesses.
+        (4) No class may swallow another (balance): in the model the mean of p(y|x) over images is
+        p(y), so the mean of q(y|x) is drawn to p(y) as well, by the KL that grows without limit
+        when a class empties. Over all images it is 0 for a right q(y|x), if the classes are as
+        frequent as p(y) says. It is not faded in: classes are swallowed early.
+        (5) On pixels z has few dimensions: what z can say about the class, y need not say. (Error
+        on the validation images after 40 epochs, seed 0: 6.6, 4.1, 6.0 % for 5, 10, 50 of them.)
         After the ramp the loss is J^alpha / (N + M), with the sum
-        over y as the threshold has it, and balance times this KL.
+        over y as the threshold has it, and the balance term.
         """
         ramp = fade_in(t, s["ramp"])
         return self.J_alpha(x_l, y_l, x_u, labelled, s["alpha"], ramp, s["balance"], log_q)
@@ -595,12 +600,12 @@ class M2(nn.Module):
 # =================================================================================================
 #
 #     p(x, y, z1, z2) = p(y) p(z2) p(z1|y,z2) p(x|z1)
-#     q(z1|x) from M1;  q(y|x) = M2's classifier at the mean of q(z1|x);  q(z2|z1,y) from M2
+#     q(z1|x) from M1;  q(y|x) = M2's classifier, at the mean of q(z1|x);  q(z2|z1,y) from M2
 #
 # Why stack? On pixels, M2's loss counts nats, and a digit's class is at most log 10 = 2.3 of the
 # 100 or so that an image costs: how thick, slanted and placed the strokes are costs far more, and a
 # flexible decoder can explain an image well under the wrong class. M1 first finds a few dozen
-# features that explain the pixels; in those terms the class is a larger part of the story.
+# features that explain the pixels, which takes some 25 nats (its KL); of those the class is more.
 #
 # The bound. With z1 and M1's q(z1|x), the derivation of eq. 5 reads
 #     log p(x) >= E_q(z1|x)[ log p(x|z1) + log p(z1) - log q(z1|x) ],
@@ -613,9 +618,9 @@ class M2(nn.Module):
 # same bound with -L(z1,y) <= log p(z1,y) in place of -U(z1).
 # What q may look at. Jensen's inequality holds for any distribution of the latent variables, so
 # the q's need not depend on the binary x alone. In M2's stage q(z1|.) is given the grey image that
-# x is a draw of: its mean and variance no longer change, and are computed once. And q(y|.) need not
-# be given the draw z1: it sees the mean of q(z1|.), without its noise, as it will at the test. (The
-# authors' classifier sees the draw in training and the mean at the test.) Both lower the error.
+# x is a draw of (7. DATA, observe): its mean and variance no longer change, and are computed once
+# (evaluation gives it the binary x). And q(y|.) need not be given the draw z1: in the fast recipe
+# it sees the mean of q(z1|.), without its noise, as at the test; the authors' sees the draw.
 # What two stages give up: the bound is still a bound, but no longer maximised over all parameters
 # together; q(z1|x) was fitted to another prior and does not learn of the classes.
 # M1 leaves some dimensions unused: their mean does not vary and q(z1_d|x) is close to N(0, 1). They
@@ -642,7 +647,7 @@ class M1M2(nn.Module):
         return torch.cat([mu[:, self.active], logvar[:, self.active]], 1)
 
     def objective(self, x_l, y_l, x_u, labelled: float, t: float, s) -> Tensor:
-        """M2.objective on z1 ~ q(z1|x). Nats of a density of z1, not to be compared with M2's.
+        """M2.objective on z1 ~ q(z1|x): of the bound, U or L alone, since the rest is frozen.
 
         x_l and x_u are not images but what encode makes of them.
         """
@@ -743,12 +748,13 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=10, a=0.3, steps=100, spread=0.3)
     y = argmax_k f_k (changing y from k to j adds g(f_j) - g(f_k), and the function
     g(f) = max(0, 1 - f)^2 - max(0, 1 + f)^2 decreases in f).
 
-    It is approached, not solved: all points at once minimise their own terms, given their
-    neighbours' last scores (svm_step with y the argmax of m, which f keeps; the labelled ones are
-    held at +1 and -1), again and again. Two things guard against poor answers.
+    It is imitated, not solved: again and again all points at once minimise their own terms, given
+    their neighbours' last scores (svm_step with y the argmax of m, which f keeps; the labelled ones
+    are held at +1 and -1), once a label has reached them. Two things guard against poor answers.
     First only the labels spread, without the last term, from f = -1 (of no class): a guess costs
     much if it is made too soon. After that every class is held to its share, taken to be 1/K as
-    p(y) has it: (m + 1) / 2, about 1 within the class and 0 elsewhere, is scaled to that mean.
+    p(y) has it (wrong for SVHN, whose digits are not equally frequent): (m + 1) / 2, about 1 within
+    the class and 0 elsewhere, is scaled to that mean.
     """
     N, t_l = len(y_l), 2.0 * F.one_hot(y_l, y_dim) - 1
     neighbours = nearest(z, z, k + 1)[:, 1:]  # the nearest is the point itself, or its double
@@ -1097,21 +1103,22 @@ def bfloat16_is_faster(device: torch.device) -> bool:
 def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> None:
     """Minimise model.objective with Adam, by the settings s; one row in the log per epoch.
 
-    Everything stays on the device and, on an accelerator, nothing waits for it inside an epoch.
+    Everything stays on the device and, on an accelerator, nothing waits for it inside an epoch
+    (there the threshold is 0: to count the labels above it, the host would have to wait).
     classify: scores for the validation error, model.classify by default.
     """
     N, M, device = len(data.x_l), len(data.x_u), data.x_l.device
     n_u = min(M, s["batch_size"])  # unlabelled images in a minibatch
-    share = max(1, round(N * n_u / max(1, M)))
+    share = max(1, round(N * n_u / M)) if M else s["batch_size"]
     n_l = min(N, s.get("batch_labelled") or share)  # labelled images in it
     # An epoch sees all unlabelled images (but for a last, smaller minibatch), or more rounds of
     # them if the labelled ones need more steps; every minibatch has n_l labelled images drawn
     # afresh, for N <= n_l all of them. (M1's data have N = 0: all its images are unlabelled.)
     steps = max(M // n_u if M else 0, math.ceil(N / n_l) if N else 0)
     rounds = math.ceil(steps * n_u / M) if M else 0
-    # The paper gives the weights theta a prior N(0, I). Its -log p(theta) / (N + M), the share of
-    # one image, is |theta|^2 / (2 (N + M)) and a constant; the gradient, theta / (N + M), is what
-    # Adam adds as weight decay.
+    # The paper gives the weights w a prior N(0, I). Its -log p(w) / (N + M), the share of one
+    # image, is |w|^2 / (2 (N + M)) and a constant; the gradient, w / (N + M), is what Adam adds as
+    # weight decay (here of all that is trained, biases too; the logged loss lacks this term).
     optimizer = torch.optim.Adam(
         model.parameters(),
         lr=s["lr"],
@@ -1119,8 +1126,8 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> N
         fused=device.type in ("cpu", "cuda"),
     )
     bf16 = run.settings["precision"] == "bfloat16"
-    first, draw = run.restore(model, optimizer), lambda x: observe(x, data.likelihood)
-    x_l, x_u = data.x_l, data.x_u
+    first = run.begin(model, optimizer, s["epochs"])
+    x_l, x_u, draw = data.x_l, data.x_u, lambda x: observe(x, data.likelihood)
     if isinstance(model, M1M2):  # its M1 is frozen, so it encodes every image once
         model.eval()
         x_l, x_u, draw = in_chunks(model.encode, x_l), in_chunks(model.encode, x_u), lambda x: x
@@ -1180,7 +1187,7 @@ def in_chunks(f, images: Tensor) -> Tensor:
 def error_rate(classify, images: Tensor, y: Tensor) -> float:
     """Percentage of images whose largest score is not that of y.
 
-    Pixels go in as stored, which for binary images is the mean of the draws that training saw.
+    Pixels go in as stored, grey: for Bernoulli pixels, the mean of the draws that training saw.
     """
     return 100 * (in_chunks(classify, images).argmax(1) != y).float().mean().item()
 
@@ -1199,7 +1206,7 @@ def log_likelihood(model: nn.Module, images: Tensor, likelihood: str, draws: int
 
     model.log_weight draws log w with E[w] = p(x). So the mean of w over S draws estimates p(x)
     without bias, and its log, log p(x): by Jensen too low on average, but less so the larger S is.
-    (M1 with one draw: the bound itself. M2's sum over y is exact, so one draw already beats it.)
+    (M1 with one draw: the bound itself. M2's sum over y is exact: with one draw, above it.)
     How far it lies above the bound estimates, from below, the bound's gap: the mean KL between q
     and the true posterior.
     """
@@ -1327,20 +1334,15 @@ def pictures(model: nn.Module, classify, data: Data) -> dict:
         add("samples.png", generate(torch.randn(10, z_dim, device=device)))
 
         # analogies.png (the paper's figure 1 b, c): a row has the z of the test image on its left
-        x = [pixels(data.x_test[data.y_test == k][:1]) for k in range(K)]
-        y = torch.cat([data.y_test[data.y_test == k][:1] for k in range(K)])
-        x = torch.cat(x)
+        first = torch.cat([(data.y_test == k).nonzero()[:1, 0] for k in range(K)])
+        x, y = pixels(data.x_test[first]), data.y_test[first]
         add("analogies.png", torch.cat([x[:, None], generate(model.infer(x, y))], 1), breaks=[1])
 
         # styles.png (figure 1 a): classes 0, 1, 2 over a grid of z, equally spaced in probability
         if z_dim == 2:
             p = torch.special.ndtri(torch.linspace(0.05, 0.95, 10, device=device))
-            grid = generate(torch.cartesian_prod(p, p)).view(10, 10, K, -1)
-            add(
-                "styles.png",
-                torch.cat([grid[:, :, k] for k in range(min(K, 3))], 1),
-                breaks=[10, 20],
-            )
+            grid = generate(torch.cartesian_prod(p, p)).view(10, 10, K, -1)[:, :, :3]
+            add("styles.png", grid.transpose(1, 2).flatten(1, 2), breaks=[10, 20])
 
     # mistakes.png: wrong test images, those first whose best score leads the second most
     scores = in_chunks(classify, data.x_test)
@@ -1368,24 +1370,16 @@ def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: under another name first, then renamed. Raises BadInput."""
     beside = path.with_name(path.name + ".part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:  # a full disk, no permission, ...
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise BadInput(f"cannot write {path} ({error.strerror}); try another --out-dir") from error
-
-
-def make_folder(folder: Path) -> None:
-    """Raises BadInput if that is not possible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(
-            f"cannot make {folder} ({error.strerror}); give another --out-dir"
-        ) from error
 
 
 def write_picture(path: Path, picture) -> None:
@@ -1429,7 +1423,9 @@ def load_saved(path: Path, device, finished=True) -> dict:
         ) from error
 
     def fits(part, kinds):
-        return isinstance(part, dict) and all(isinstance(part.get(k), kinds[k]) for k in kinds)
+        return isinstance(part, dict) and all(
+            key in part and isinstance(part[key], kind) for key, kind in kinds.items()
+        )
 
     in_settings = {"model": str, "dataset": str, "labels": int, "seed": int, "file": str | None}
     known = fits(saved, SAVED) and fits(saved["settings"], in_settings)
@@ -1445,16 +1441,15 @@ class Run:
 
     def __init__(self, folder: Path, settings: dict, saved: dict | None, pca, images: bool):
         self.folder, self.settings, self.saved = folder, settings, saved
-        self.pca, self.images = pca, images
+        self.pca, self.images, self.stage = pca, images, settings["model"]
         self.rows = saved["rows"] if saved else []
         self.start = time.perf_counter() - (saved["seconds"] if saved else 0)
 
-    def begin(self, stage: str, epochs: int) -> None:
-        self.stage, self.epochs, self.stage_start = stage, epochs, time.perf_counter()
-        self.first_epoch = 0
-
-    def restore(self, model: nn.Module, optimizer) -> int:
-        """Go on from what was saved if it is of this stage. Returns the number of epochs done."""
+    def begin(self, model: nn.Module, optimizer, epochs: int) -> int:
+        """Begin to train a model: its name is the stage's. If something was saved in this stage, go
+        on from there. Returns the number of epochs done."""
+        self.stage = MODELS[(M1, M2, M1M2).index(type(model))]
+        self.epochs, self.first_epoch, self.stage_start = epochs, 0, time.perf_counter()
         if self.saved and self.saved["stage"] == self.stage:
             try:
                 model.load_state_dict(self.saved["model"])
@@ -1466,7 +1461,7 @@ class Run:
         return self.first_epoch
 
     def end_epoch(self, row: dict, model: nn.Module, optimizer) -> None:
-        """Save model.pt; then log the row and print it."""
+        """Log the row, save, draw the curves, print."""
         self.rows.append({"stage": self.stage, **row})
         self.save(row["epoch"], model, optimizer)
         if self.images:
@@ -1481,7 +1476,7 @@ class Run:
         )
 
     def save(self, epoch: int, model: nn.Module, optimizer=None, classifier=None) -> None:
-        """model.pt and log.csv."""
+        """Write model.pt and, if anything was trained, log.csv."""
         content, text = io.BytesIO(), io.StringIO()
         values = (
             *(self.settings, self.stage, epoch, model.state_dict()),
@@ -1519,6 +1514,7 @@ LIMITS = {  # of options that are not simply from 1 (integers) or from 0 (others
     "batch_labelled": (0, math.inf),
     "lr": (1e-99, math.inf),
     "z_dim": (1, 9999),
+    "hidden": (1, 9999),
     "lr_decay": (0, 1),
     "dropout": (0, 0.99),
     "ramp": (0, 1),
@@ -1533,7 +1529,7 @@ CHOICES = {
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; what is not in it is None or False. Raises BadInput."""
+    """The command line; settings that are not in it are None. Raises BadInput."""
     count = number(int, 1)
     parser = Parser(
         prog="ssvae.py",
@@ -1552,7 +1548,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--m1-epochs", type=count, help="for m1+m2: epochs of its M1 stage")
     add("--m1", type=Path, metavar="FILE", help="model.pt of an M1 to use, not to train one")
     add("--device", default="auto", help="auto (an accelerator if there is one), cpu, cuda, ...")
-    add("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
+    add("--precision", choices=["auto", "float32", "bfloat16"],
         help="of matrix products in training; auto (default): bfloat16 where it is faster")
     add("--data-dir", type=Path, default=Path(data_dir), help="default: $SSVAE_DATA_DIR or data")
     add("--out-dir", type=Path, help="default: runs/<model>-<dataset>-<N>-<seed>")
@@ -1563,11 +1559,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--nll", type=count, metavar="S", help="with --load: log p(x) of 1000 test images, "
         "importance-sampled with S draws of z")
     add("--reproduce", action="store_true", help="the paper's table: every model (or --model), "
-        "--labels (100 600 1000 3000) and seed from 0 to --seeds; again, it goes on")
-    add("--seeds", type=count, help="number of seeds of --reproduce (5)")
+        "--labels (100 600 1000 3000) and --seeds; given again, it goes on")
+    add("--seeds", type=count, help="number of seeds of --reproduce, 0, 1, ... (5)")
     # fmt: on
     group = parser.add_argument_group(
-        "settings, with their defaults for m1, m2 and m1+m2 (there, of the M2 stage)"
+        "settings, with fast's for m1, m2 and m1+m2 (its M2 stage) on MNIST"
     )
     for name, (fast, _, meaning) in SETTINGS.items():
         values = [value for value in fast if value is not None]
@@ -1586,18 +1582,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     train, model = not (args.load or args.reproduce), args.model or "m2"
     for when, why, names in (
         (args.load, "--load trains nothing", [*SETTINGS, "m1_epochs", "resume", "overwrite"]),
-        (args.load, "--load evaluates one model", ["reproduce", "seeds", "recipe", "m1"]),
+        (args.load, "--load evaluates one model", ["reproduce", "seeds", "m1"]),
+        (args.load, "--load knows how it was trained", ["recipe", "precision"]),
         (not args.load, "--nll is for a saved model, with --load", ["nll"]),
         (args.reproduce, "--reproduce goes on by itself", ["resume", "overwrite"]),
         (args.reproduce, "--reproduce has its own seeds and M1s", ["seed", "m1"]),
         (args.reproduce and not args.model, "without --model, --reproduce runs the defaults",
          [name for name in SETTINGS if name != "epochs"]),
         (train, "--seeds is for --reproduce; --seed is one run's", ["seeds"]),
-        (train and model != "m1+m2", "only m1+m2 has an M1 stage", ["m1_epochs"]),
-        (train and model == "m2", "m2 has no M1", ["m1"]),
+        ((train or args.model) and model == "m2", "m2 has no M1", ["m1", "m1_epochs"]),
+        ((train or args.model) and model == "m1", "m1 has no M1 stage", ["m1_epochs"]),
+        (train or args.model, f"{model} has no such setting",
+         [name for name in SETTINGS if name not in settings_of(model)]),
         (args.m1, "--m1 gives a trained M1", ["m1_epochs"]),
         (args.m1 and model == "m1", "--m1 gives a trained M1",
-         [name for name in SETTINGS if name != "classifier"]),
+         ["recipe", *(name for name in SETTINGS if name != "classifier")]),
         (args.resume, "--resume goes on with a run, --overwrite trains afresh", ["overwrite"]),
     ):  # fmt: skip
         for name in names:
@@ -1610,7 +1609,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         args.dataset = "auto"
     if args.dataset and args.dataset not in known and not args.dataset.endswith(".npz"):
         raise BadInput(f"--dataset {args.dataset}: choose {', '.join(known)} or a file PATH.npz")
-    args.recipe = args.recipe or "fast"
+    args.recipe, args.precision = args.recipe or "fast", args.precision or "auto"
     if args.reproduce:
         args.labels, args.seeds = args.labels or [100, 600, 1000, 3000], args.seeds or 5
     else:
@@ -1642,18 +1641,18 @@ def build(kind, s: dict, *sizes: int, likelihood: str) -> nn.Module:
     return kind(*sizes, likelihood=likelihood, **{name: s[name] for name in names})
 
 
-def rebuild(path: Path, saved: dict, data: Data) -> tuple[nn.Module, KNN | None]:
-    """The model in a model.pt and, for M1, the classifier on its features.
+def rebuild(path: Path, saved: dict, data: Data) -> tuple:
+    """The model in a model.pt and its classify; for M1, that on its features.
 
     Raises BadInput if they do not fit each other or the data.
     """
-    s, x, classifier = saved["settings"], pixels(data.x_test[:2]), None
+    s, x = saved["settings"], pixels(data.x_valid[:2])
     try:
         if s["model"] == "m2":
             model = build(M2, s, x.shape[1], data.y_dim, likelihood=data.likelihood)
         elif s["model"] == "m1":
             model = build(M1, s, x.shape[1], likelihood=data.likelihood)
-            classifier = KNN(**saved["classifier"])
+            knn = KNN(**saved["classifier"])
         else:
             s_m1 = {key[3:]: value for key, value in s.items() if key.startswith("m1_")}
             m1 = build(M1, s_m1, x.shape[1], likelihood=data.likelihood)
@@ -1662,12 +1661,13 @@ def rebuild(path: Path, saved: dict, data: Data) -> tuple[nn.Module, KNN | None]
             model = M1M2(m1, m2, active)
         model.load_state_dict(saved["model"])
         model.to(x.device).eval()
-        scores = classifier(model.encode(x)[0]) if classifier else model.classify(x)
-        if scores.shape != (len(x), data.y_dim):
+        m1 = s["model"] == "m1"
+        classify = (lambda x: knn(model.encode(x)[0])) if m1 else model.classify
+        if classify(x).shape != (len(x), data.y_dim):
             raise ValueError
     except Exception as error:  # of a file not written by this program: torch raises many kinds
         raise BadInput(f"{path} does not fit this model and data") from error
-    return model, classifier
+    return model, classify
 
 
 def fingerprint(path: str | Path) -> str:
@@ -1689,32 +1689,31 @@ def summary(results: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train and evaluate one model as the command line says. Returns the exit code."""
+    """Do what the command line says. Returns the exit code."""
     try:
         args = parse_arguments(argv)
         what = reproduce if args.reproduce else evaluate_saved if args.load else train_and_evaluate
         what(args)
         return 0
-    except BadInput as error:
+    except (BadInput, Diverged) as error:
         print(f"ssvae: {error}", file=sys.stderr)
-        return 2
-    except Diverged as error:
-        print(f"ssvae: {error}", file=sys.stderr)
-        return 1
-    except torch.OutOfMemoryError as error:
-        print(f"ssvae: {str(error)[:150]}; try a smaller --batch-size", file=sys.stderr)
+        return 2 if isinstance(error, BadInput) else 1
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        print(f"ssvae: {one_line(error)}; try a smaller --batch-size", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         argv = [a for a in (sys.argv[1:] if argv is None else argv) if a != "--overwrite"]
         again = ["python", sys.argv[0], *argv]
-        if not {"--resume", "--load", "--reproduce"} & set(argv):
+        if not {"--resume", "--load", "--reproduce"} & {word.split("=")[0] for word in argv}:
             again.append("--resume")
         print(f"\nssvae: interrupted; go on with: {shlex.join(again)}", file=sys.stderr)
         return 130
 
 
 def evaluate(model: nn.Module, classify, data: Data) -> dict:
-    """The figures of a trained model. Only here, and for its pictures, is the test set read."""
+    """The figures of a trained model. Until here no run has looked at the test set."""
     return {
         "valid_error": error_rate(classify, data.x_valid, data.y_valid),
         "test_error": error_rate(classify, data.x_test, data.y_test),
@@ -1740,8 +1739,7 @@ def evaluate_saved(args: argparse.Namespace) -> None:
         if value is not None and value != s[key]:
             raise BadInput(f"--load: {args.load} was trained with {key} {s[key]}, not {value}")
     data = load_data(dataset, args.data_dir, s["labels"], s["seed"], device, saved["pca"])
-    model, classifier = rebuild(args.load, saved, data)
-    classify = (lambda x: classifier(model.encode(x)[0])) if classifier else model.classify
+    model, classify = rebuild(args.load, saved, data)
     results = s | evaluate(model, classify, data)
     print(summary(results | {"seconds": time.perf_counter() - start}), flush=True)
     if args.nll:
@@ -1758,7 +1756,6 @@ def evaluate_saved(args: argparse.Namespace) -> None:
 
 def draw(folder: Path, model: nn.Module, classify, data: Data) -> None:
     """Write the pictures of a trained model."""
-    make_folder(folder)
     for name, picture in pictures(model, classify, data).items():
         write_picture(folder / name, picture)
 
@@ -1770,6 +1767,7 @@ def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, d
     be lost: where its settings are others, or it is unfinished and --resume is not given.
     """
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         if args.overwrite:
             for name in ["results.json", "model.pt", "log.csv", *PICTURES]:
                 (folder / name).unlink(missing_ok=True)
@@ -1796,8 +1794,9 @@ def choose_settings(args, data: Data, device, saved_m1: dict | None) -> tuple[di
     """(the model's settings, its M1's, and all that a result depends on, which goes into every
     file and tells one run from another): the table's, unless the command line says otherwise.
 
-    Raises BadInput if the model has no such setting, or --m1 is of another data set or seed.
+    Raises BadInput if --m1 is of another data set or seed.
     """
+    file = fingerprint(args.dataset) if data.name.endswith(".npz") else None
     s = settings_of(args.model, args.recipe, data.name)
     if device.type != "cpu" and "threshold" in s:
         s["threshold"] = 0.0  # counting the kept pairs would make the host wait at every step
@@ -1808,20 +1807,18 @@ def choose_settings(args, data: Data, device, saved_m1: dict | None) -> tuple[di
         for key, value in {"model": "m1", "dataset": data.name, "seed": args.seed}.items():
             if s_m1[key] != value:
                 raise BadInput(f"--m1 {args.m1} has {key} {s_m1[key]}, not {value}")
+        if file and file.partition(" of ")[0] != (s_m1["file"] or "").partition(" of ")[0]:
+            raise BadInput(f"--m1 {args.m1} was trained on {s_m1['file']}, not on {args.dataset}")
         if args.model == "m1":
             s = {key: s_m1.get(key) for key in s} | {"classifier": s["classifier"]}
-    for name in SETTINGS:
-        if getattr(args, name) is not None:
-            if name not in s:
-                raise BadInput(f"{args.model} has no such setting; drop --{name.replace('_', '-')}")
-            s[name] = getattr(args, name)
+    s |= {name: getattr(args, name) for name in s if getattr(args, name) is not None}
     precision = args.precision
     if precision == "auto":
         precision = "bfloat16" if bfloat16_is_faster(device) else "float32"
     settings = {
         "model": args.model,
         "dataset": data.name,
-        "file": fingerprint(args.dataset) if data.name.endswith(".npz") else None,
+        "file": file,
         "labels": len(data.x_l),
         "seed": args.seed,
         "device": device.type,
@@ -1851,7 +1848,6 @@ def train_and_evaluate(args: argparse.Namespace) -> None:
     folder = args.out_dir or Path("runs") / (name + "-paper" * (args.recipe == "paper"))
     if args.overwrite and args.m1 and args.m1.resolve().parent == folder.resolve():
         raise BadInput("--overwrite would remove the --m1 file; give another --out-dir")
-    make_folder(folder)
     results, saved = find_run(folder, settings, args, device)
     if results:
         print(summary(results))
@@ -1862,7 +1858,6 @@ def train_and_evaluate(args: argparse.Namespace) -> None:
     run = Run(folder, settings, saved, data.pca, images=not args.no_images)
     votes, x_dim = F.one_hot(data.y_l, data.y_dim).float(), data.x_test.shape[1]
     images, classifier = torch.cat([data.x_l, data.x_u]), None
-    run.begin("m1", s_m1["epochs"])
     if args.model != "m2" and m1 is None:
         torch.manual_seed(args.seed)
         m1 = build(M1, s_m1, x_dim, likelihood=data.likelihood).to(device)
@@ -1885,7 +1880,6 @@ def train_and_evaluate(args: argparse.Namespace) -> None:
             active = saved["model"]["active"] if resumed else active_dimensions(m1, images)
             m2 = build(M2, s, len(active), data.y_dim, likelihood="gaussian")
             model = M1M2(m1, m2, active).to(device)
-        run.begin(args.model, s["epochs"])
         train(model, data, s, run)
         classify = model.classify
 
@@ -1917,24 +1911,22 @@ def reproduce(args: argparse.Namespace) -> None:
     folder = args.out_dir or Path("runs") / name
     models = [args.model] if args.model else MODELS
 
-    def go(model, N, seed, m1=None):  # a run, unless it is finished; returns its folder
-        out, own = folder / f"{model}-{N}-{seed}", {}
-        if model == "m1" and (m1 or args.model != "m1"):
-            own = dict.fromkeys(SETTINGS) | {"epochs": None if m1 else args.m1_epochs}
-        own |= {"model": model, "labels": N, "seed": seed, "out_dir": out, "resume": True}
-        own |= {"m1": m1, "m1_epochs": None}
-        train_and_evaluate(argparse.Namespace(**vars(args) | own))
-        return out
+    def go(out, model, N, seed, **own):  # a run, unless it is finished
+        own |= {"out_dir": out, "model": model, "labels": N, "seed": seed, "resume": True}
+        train_and_evaluate(argparse.Namespace(**vars(args) | {"m1": None, "m1_epochs": None} | own))
 
     cells = [(s, N, model) for s in range(args.seeds) for N in args.labels for model in models]
-    results, spent = {}, {model: [] for model in models}
+    results, spent, none = {}, {model: [] for model in models}, dict.fromkeys(SETTINGS)
     for done, (seed, N, model) in enumerate(cells, 1):
+        out, shared = folder / f"{model}-{N}-{seed}", folder / f"shared-m1-{seed}"
         if model == "m2":
-            out = go(model, N, seed)
+            go(out, model, N, seed)
         else:
-            out = go("m1", args.labels[0], seed)
-            if model == "m1+m2" or args.labels[0] != N:
-                out = go(model, N, seed, out / "model.pt")
+            if not (shared / "results.json").exists():
+                own = {} if args.model == "m1" else none | {"epochs": args.m1_epochs}
+                go(shared, "m1", args.labels[0], seed, **own)
+            own = none | {"classifier": args.classifier} if model == "m1" else {}
+            go(out, model, N, seed, m1=shared / "model.pt", **own)
         results[model, N, seed] = json.loads((out / "results.json").read_text())
         spent[model].append(results[model, N, seed]["seconds"])
         table = write_table(folder, models, args.labels, results)
@@ -1951,10 +1943,12 @@ def write_table(folder: Path, models: list, labels: list, results: dict) -> str:
     for N in labels:
         cells = []
         for model in models:
-            errors = [r["test_error"] for (m, n, _), r in results.items() if (m, n) == (model, N)]
+            runs = [r for (m, n, _), r in results.items() if (m, n) == (model, N)]
+            errors = [r["test_error"] for r in runs]
             cell = f"{np.mean(errors):.2f}" if errors else "-"
             cell += f" +- {np.std(errors, ddof=1):.2f}" if len(errors) > 1 else ""
-            paper = PAPER[model].get(N) if dataset == "mnist" else None
+            as_paper = dataset == "mnist" and runs and runs[0].get("classifier") != "knn"
+            paper = PAPER[model].get(N) if as_paper else None
             cells.append(cell + (f" ({paper[0]:.2f} +- {paper[1]:.2f})" if paper else ""))
         lines.append(f"| {N} | " + " | ".join(cells) + " |")
     text = "\n".join(lines) + "\n"

@@ -322,10 +322,9 @@ def test_stack_objective_by_hand(fixed_noise, sees):
     found = stack.objective(stack.encode(x_l), y, stack.encode(x_u), 0.2, 1.0, s)
     means, draws = [], []
     for x in (x_l, x_u):
-        mu, sigma = (f(part)[:, [0, 2]] for f, part in zip((lambda v: v, lambda v: (v / 2).exp()),
-                                                          m1.q_z(x).chunk(2, -1), strict=True))  # fmt: skip
+        mu, logvar = (part[:, [0, 2]] for part in m1.q_z(x).chunk(2, -1))
         means.append(mu)
-        draws.append(mu + 0.3 * sigma)
+        draws.append(mu + 0.3 * (logvar / 2).exp())
     q_l, q_u = (m2.q_y(z).softmax(-1) for z in (means if sees == "mean" else draws))
     every = lambda z: torch.stack([m2.L(z, torch.full((len(z),), k)) for k in range(3)], 1)
     U = (q_u * every(draws[1])).sum(1) - D.Categorical(probs=q_u).entropy()
@@ -918,7 +917,7 @@ def test_init_std_and_batch_norm_are_where_they_should_be():
 
 
 def test_weight_prior_is_minus_log_of_a_standard_normal(small, tmp_path, monkeypatch):
-    """An epoch with weight_prior 1 against one whose loss has -log N(theta; 0, I) / (N + M) added."""
+    """An epoch with weight_prior 1 against one with -log N(w; 0, I) / (N + M) added to the loss."""
     args = ("--dataset", small, "--labels", 50, "--epochs", 1, "--precision", "float32")
     run(*args, "--weight-prior", 1, "--out-dir", tmp_path / "a", "--no-images")
     run(*args, "--out-dir", tmp_path / "none", "--no-images")
@@ -1086,7 +1085,10 @@ BAD = """
     --reproduce --alpha 2 | --reproduce --load no.pt
     --hidden 0 | --hidden | --dropout 1 | --ramp 2 | --threshold -1 | --lr-decay 2 | --init-std -1
     --activation tanh | --batch-norm some | --classifier-sees x | --classifier-sees mean
-    --beta 1 | --model m1 --dropout 0.1 | --recipe slow | --recipe= | --weight-prior -1 | --balance x
+    --hidden 999999999999 | --reproduce --model m2 --m1-epochs 5 | --load no.pt --precision bfloat16
+    --reproduce --model m1 --m1-epochs 5 | --model m1 --m1 no.pt --recipe paper
+    --reproduce --model m1+m2 --beta 0.5 | --beta 1 | --model m1 --dropout 0.1 | --recipe slow
+    --recipe= | --weight-prior -1 | --balance x
     --load no.pt --recipe paper | --batch-labelled -1 | --reproduce --balance 1 | --reproduce --m1 x
     --load no.pt | --load text.pt | --load foreign.pt | --load malicious.pt | --load . | --load=
     --precision half | --precision= | --z-dim 0 | --z-dim x | --dataset svhn --data-dir /proc/none
@@ -1174,6 +1176,11 @@ def test_damaged_checkpoints_are_refused(small, tmp_path, monkeypatch, capsys):
     torch.save(older, tmp_path / "older.pt")
     bad_files(tmp_path, small)
     names = ["older.pt", "text.pt", "foreign.pt", "malicious.pt", "malicious2.pt"]
+    names += ["no optimizer.pt", "no pca.pt", "no epoch.pt"]
+    for key in ("optimizer", "pca", "epoch"):
+        lacking = torch.load(checkpoint, weights_only=True)
+        del lacking[key]
+        torch.save(lacking, tmp_path / f"no {key}.pt")
     rng = np.random.default_rng(0)
     cuts = [whole[: rng.integers(len(whole))] for _ in range(10)]
     for content in [*cuts, *[(tmp_path / name).read_bytes() for name in names]]:
@@ -1233,6 +1240,13 @@ def test_an_m1_keeps_its_settings_and_is_not_lost(small, tmp_path, capsys):
     assert (tmp_path / "c" / "model.pt").read_bytes() == m1.read_bytes()
     run(*stack, "--m1", m1, "--seed", 3, "--out-dir", tmp_path / "d", code=2)
     assert "seed" in capsys.readouterr().err.splitlines()[-1]
+    other = tmp_path / "e" / small.name  # another file of the same name
+    other.parent.mkdir()
+    arrays = dict(np.load(small))
+    np.savez(other, **(arrays | {"x_train": 255 - arrays["x_train"]}))
+    line = ["--model", "m1+m2", "--dataset", other, "--m1", m1, "--out-dir", tmp_path / "d"]
+    run(*line, code=2)
+    assert "was trained on" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits and signals of Unix")
@@ -1296,6 +1310,11 @@ def test_reproduce_continues_and_makes_the_table(small, tmp_path, capsys, monkey
             errors = [r["test_error"] for r in found]
             assert sorted(r["seed"] for r in found) == [0, 1]
             assert f"{np.mean(errors):.2f} +- {np.std(errors, ddof=1):.2f}" in table
+    line[line.index(20)] = 30  # another N first: the same M1 serves
+    trained.append("not to be interrupted")
+    run(*line, "--model", "m1", "--classifier", "knn", code=2)  # of the old N: another classifier
+    run(*line)
+    assert trained.count("M1") == 2 and len(trained) == 2 + 4 + 4 + 1 + 1 + 4
 
 
 def test_precision(small, tmp_path):
