@@ -80,7 +80,7 @@ MODELS = ("m1", "m2", "m1+m2")
 # fmt: off
 SETTINGS = {
     # name: (fast: m1, m2, m1+m2), (paper: m1, m2, m1+m2), what it is
-    "epochs": ((30, 80, 100), (3000, 3000, 3000), "passes over the training images"),
+    "epochs": ((30, 60, 100), (3000, 3000, 3000), "passes over the training images"),
     "batch_size": ((500, 500, 500), (500, 500, 500), "unlabelled images in a minibatch"),
     "batch_labelled": ((None, 100, 100), (None, 0, 0),
                        "labelled images beside them; 0: batch_size times N/M, at least 1"),
