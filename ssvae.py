@@ -135,15 +135,16 @@ DATASETS = {
         # Features that tell more: 36 active dimensions, not 13. Eq. 5's KL charges for z1 by the
         # prior N(0, I), which the stack replaces by M2's anyway; so M1 may pay less for it.
         "m1": {"beta": 0.3, "ramp": 0.5},
+        "m2": {"epochs": 40, "z_dim": 50},
         "m1+m2": {"epochs": 40, "dropout": 0.5},
     },
     "svhn": {  # whose classes are not equally frequent
         "likelihood": "gaussian",
         "labels": 1000,
-        "m2": {"balance": 0.0},
+        "m2": {"balance": 0.0, "z_dim": 50},
         "m1+m2": {"balance": 0.0},
     },
-    "norb": {"likelihood": "gaussian", "labels": 1000},
+    "norb": {"likelihood": "gaussian", "labels": 1000, "m2": {"z_dim": 50}},
     "glyphs": {
         "likelihood": "bernoulli",
         "labels": 100,
