@@ -30,11 +30,11 @@ All three are trained alike: log p(x), the quantity we want high, is an intracta
 the latent variables, so we raise a lower bound on it that we can compute (derived at M1).
 
 NOTATION (the paper's)
-    x           an image as a vector of D pixels, [B, D] in a minibatch of B; binary ones are drawn
-                afresh from grey images at every visit (a pixel is the probability of being on)
+    x           an image as a vector of D pixels, [B, D] in a minibatch of B; a binary one is drawn
+                from a grey one (a pixel is the probability of being on), afresh at every visit
     y           its class, an integer in 0..K-1, [B]
     z, z1, z2   continuous latent variables, [B, Z]
-    p_theta     the generative model or "decoder":  p(y) p(z) p(x|y,z)
+    p_theta     the generative model: p(y) p(z) p(x|y,z), the last the "decoder"
     q_phi       the recognition model or "encoder": q(z|x), q(z|x,y) and the classifier q(y|x)
     L, U, J     losses, i.e. minus a lower bound: labelled (eq. 6), unlabelled (eq. 7), both
                 (eq. 8; the paper writes J for M1's too, eq. 5)
@@ -97,7 +97,7 @@ SETTINGS = {
     "batch_norm": (("all", "q_y", "all"), ("none", "none", "none"),
                    "networks with batch normalisation: all, none or q_y, the classifier alone"),
     "init_std": ((0.0, 0.0, 0.0), (0.0, 0.001, 0.001),
-                 "standard deviation of the first weights; 0: PyTorch's, larger for few inputs"),
+                 "standard deviation of the first weights; 0: PyTorch's, and 0.5 for y's (see M2)"),
     "weight_prior": ((0.0, 0.0, 0.0), (0.0, 1.0, 1.0),
                      "1: N(0, I) is the prior of the weights; 0: none (see train)"),
     "dropout": ((None, 0.5, 0.2), (None, 0.0, 0.0), "in the classifier"),
@@ -349,8 +349,8 @@ class M1(nn.Module):
         and gradients rarely bring it back (posterior collapse). A KL weight that grows from 0 to
         s["beta"] lets the decoder learn to use z first. Batch normalisation helps as well: it keeps
         what the last hidden layer tells mu(x) varying over the images of a minibatch.
-        At beta = 1 the loss then is eq. 5; below, more of x goes into z than the best bound asks
-        for; at 0 the noise of z would vanish (sigma -> 0) and leave a plain autoencoder.
+        After the ramp, beta = 1 is eq. 5; beta < 1 lets z say more about x than the best bound
+        asks for; beta = 0 would leave an autoencoder without noise.
         """
         return self.J(x_u, beta=s["beta"] * fade_in(t, s["ramp"])).mean()
 
@@ -390,10 +390,11 @@ class M1(nn.Module):
 #
 # UNLABELLED images. y is latent too. Take q(y,z|x) = q(y|x) q(z|x,y) and the same Jensen step:
 #     log p(x) >= E_q(y,z|x)[ log p(x|y,z) + log p(y) + log p(z) - log q(z|x,y) - log q(y|x) ]
-#               = sum_y q(y|x) [ -L(x,y) ] - sum_y q(y|x) log q(y|x)
+#               = sum_y q(y|x) [ -L(x,y) ] - sum_y q(y|x) log q(y|x)      (E_q(z|x,y) gives eq. 6)
 #               = sum_y q(y|x) [ -L(x,y) ] + H( q(y|x) )                            =: -U(x) (eq. 7)
 # z is drawn, because a continuous z can be reparameterised; y is summed over, because a discrete y
-# cannot, and there are only K of them.
+# cannot, and there are only K of them. The gaps are as in eq. 5, KL(q(z|x,y) || p(z|x,y)) in eq. 6
+# and KL(q(y,z|x) || p(y,z|x)) in eq. 7.
 # What does U teach q(y|x)? Let r(y) = softmax_y( -L(x,y) ), Bayes' rule with the bounds in place of
 # log p(x,y), so that L(x,y) = -log r(y) - log sum_y' exp(-L(x,y')). Put that into U:
 #     U(x) = KL( q(y|x) || r(y) ) - log sum_y' exp( -L(x,y') ),
@@ -420,7 +421,7 @@ class M1(nn.Module):
 # of q is again minus a lower bound on log p(x), by the formula above as tight as q~ is close to r.
 # It costs one L(x,y) per label kept: once q(y|x) is sure of most images, little more than one.
 # At threshold 0 it is U itself. The price: U sends no gradient to the logit of a label cut for x;
-# only what q(y|x) learns from other images can bring the label back.
+# only what q(y|x) learns elsewhere can bring the label back.
 
 
 class M2(nn.Module):
@@ -549,16 +550,17 @@ class M2(nn.Module):
         wrong. Eq. 7 weighs L(x,y) by q(y|x), so the generative model then learns the wrong class,
         and teaches it back. Five things work against that, none of them the paper's.
         (1) U fades in from weight 0 to 1 while t goes from 0 to s["ramp"]: q(y|x) hears the labels
-        before it hears the generative model, which at first has no opinion worth hearing. (The
-        generative model learns from U almost at once: Adam's steps hardly depend on its weight.)
+        before it hears the generative model, which at first has no opinion worth hearing. (For the
+        generative model the ramp is short: its other loss, L, has weight N / (N + M), 0.002 here,
+        so U soon dominates, and Adam's steps hardly depend on scale.)
         (2) Dropout keeps q(y|x) from fitting the labels too closely.
         (3) An alpha larger than the paper's keeps them from being outvoted by the many guesses.
         (4) No class may swallow another (balance): in the model the mean of p(y|x) over images is
         p(y), so the mean of q(y|x) is drawn to p(y) as well, by the KL that grows without limit
         when a class empties. Over all images it is 0 for a right q(y|x), if the classes are as
         frequent as p(y) says. It is not faded in: classes are swallowed early.
-        (5) On pixels z has few dimensions: what z can say about the class, y need not say. (Error
-        on the validation images after 40 epochs, seed 0: 6.6, 4.1, 6.0 % for 5, 10, 50 of them.)
+        (5) On MNIST's pixels z has few dimensions: what z can say about the class, y need not say.
+        (Validation error after 40 epochs, seed 0: 6.6, 4.1, 6.0 % for 5, 10, 50 of them.)
         After the ramp the loss is J^alpha / (N + M), with the sum over y as the threshold has it,
         and the balance term.
         """
@@ -605,27 +607,27 @@ class M2(nn.Module):
 #
 # Why stack? On pixels, M2's loss counts nats, and a digit's class is at most log 10 = 2.3 of the
 # 100 or so that an image costs: how thick, slanted and placed the strokes are costs far more, and a
-# flexible decoder can explain an image well under the wrong class. M1 first finds a few dozen
-# features that explain the pixels, which takes some 28 nats (its KL): of those the class is more.
+# flexible decoder can explain an image well under the wrong class. M1's features hold some 28 nats
+# of an image (its KL), of which 2.3 are a larger share.
 #
 # The bound. With z1 and M1's q(z1|x), the derivation of eq. 5 reads
 #     log p(x) >= E_q(z1|x)[ log p(x|z1) + log p(z1) - log q(z1|x) ],
 # where p(z1) is now no longer N(0, I) but M2's sum_y p(y) integral p(z2) p(z1|y,z2) dz2, for which
 # eq. 7 gives a bound, log p(z1) >= -U(z1). Hence
 #     log p(x) >= E_q(z1|x)[ log p(x|z1) - U(z1) - log q(z1|x) ].
+# (M1 leaves some dimensions of z1 unused: their mean hardly varies, q(z1_d|x) is close to N(0, 1).
+# They keep N(0, 1) as a factor of p(z1), and z1 in U means the others, the active ones.)
 # Training is in two stages. M1 is trained with p(z1) = N(0, I) and then frozen: p(x|z1) and q(z1|x)
 # no longer change, so raising this bound is lowering E_q(z1|x)[ U(z1) ]: M2, with a Gaussian
-# p(z1|y,z2), on a fresh draw z1 ~ q(z1|x) at every visit of x. For labelled x, log p(x,y) has the
-# same bound with -L(z1,y) <= log p(z1,y) in place of -U(z1).
-# What q may look at. Jensen's inequality holds for any distribution of the latent variables, so
-# the q's need not depend on the binary x alone. In M2's stage q(z1|.) is given the grey image that
-# x is a draw of (7. DATA, observe): its mean and variance no longer change, and are computed once
-# (evaluation gives it the binary x). And q(y|.) need not be given the draw z1: in the fast recipe
-# it sees the mean of q(z1|.), without its noise, as at the test; the authors' sees the draw.
+# p(z1|y,z2), on a fresh draw of z1 at every visit of x. For labelled x, log p(x,y) has the same
+# bound with -L(z1,y) <= log p(z1,y) in place of -U(z1).
+# What q may look at. The bound holds for every q(z1), so in M2's stage q may look at g, the grey
+# image of which x is a draw: it then holds for each such x, hence on average over them, and the
+# mean and variance of q(z1|g) are computed once. (Holding is one thing, being tight another: M1 was
+# trained on x, and evaluation uses q(z1|x).) Nor need q(y|.) see the draw z1: in the fast recipe it
+# sees the mean of q(z1|g), without its noise, as at the test; the authors' sees the draw.
 # What two stages give up: the bound is still a bound, but no longer maximised over all parameters
 # together; q(z1|x) was fitted to another prior and does not learn of the classes.
-# M1 leaves some dimensions unused: their mean does not vary and q(z1_d|x) is close to N(0, 1). They
-# keep N(0, 1) as a prior, a factor of p(z1) in the bound; M2 models only the active ones.
 
 
 class M1M2(nn.Module):
@@ -648,7 +650,7 @@ class M1M2(nn.Module):
         return torch.cat([mu[:, self.active], logvar[:, self.active]], 1)
 
     def objective(self, x_l, y_l, x_u, labelled: float, t: float, s) -> Tensor:
-        """M2.objective on z1 ~ q(z1|x): of the bound, U or L alone, since the rest is frozen.
+        """M2.objective on z1 ~ q(z1|g): of the bound, U and L alone, since the rest is frozen.
 
         x_l and x_u are not images but what encode makes of them.
         """
@@ -662,7 +664,7 @@ class M1M2(nn.Module):
         return self.m2.log_q_y(self.encode(x).chunk(2, -1)[0])
 
     def bound(self, x: Tensor) -> Tensor:
-        """The bound on log p(x) derived above, [B], nats per image: one draw of z1 and of z2."""
+        """The bound on log p(x) derived above, [B], nats per image: one z1, and a z2 for each y."""
         return self.through_z1(x, lambda z1: -self.m2.U(z1, self.classify(x), threshold=0.0))
 
     def log_weight(self, x: Tensor) -> Tensor:
@@ -727,7 +729,8 @@ def svm_step(m: Tensor, t: Tensor, a: float) -> Tensor:
     """The f that minimises (f - m)^2 + a max(0, 1 - t f)^2, for t = +1 or -1, element by element.
 
     Where t m >= 1, f = m makes both terms 0. Elsewhere the derivative is 0 at
-    (f - m) = a t (1 - t f), so f (1 + a) = m + a t, or f = m + a / (1 + a) t (1 - t m).
+    (f - m) = a t (1 - t f). With t^2 = 1: f (1 + a) = m + a t = m (1 + a) + a t (1 - t m), so
+        f = m + [a / (1 + a)] t (1 - t m).
     """
     return m + a / (1 + a) * t * F.relu(1 - t * m)
 
@@ -743,16 +746,16 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=10, a=0.3, steps=100, spread=0.3)
     Without more, many f fit the N labels. The usual remedy is a small norm of f in a kernel's
     space; ours is that f be smooth where the data are: let m_i be the mean of f over the k nearest
     neighbours of point i. An unlabelled point has no y, so y is minimised over as well. The aim:
-        sum_i |f_i - m_i|^2 + infinity * sum_labelled hinge(f_i, y_i)
-                            + a * sum_unlabelled min_y hinge(f_i, y).
+        sum_i |f_i - m_i|^2 + a * sum_unlabelled min_y hinge(f_i, y),
+        with f_i = t(y_i), all +1 or -1, at the labelled points.
     The last term is what makes it transductive: it pushes unlabelled points to a side, and so the
     boundaries, where f changes sign, to where there are few points. The minimum is at
     y = argmax_c f_c (changing y from c to d adds g(f_d) - g(f_c), and the function
     g(f) = max(0, 1 - f)^2 - max(0, 1 + f)^2 decreases in f).
 
-    It is imitated, not solved: again and again all points at once minimise their own terms, given
-    their neighbours' last scores (svm_step with y the argmax of m, which f keeps; the labelled ones
-    are held at +1 and -1), once a label has reached them. Two things guard against poor answers.
+    It is not minimised exactly. Again and again every unlabelled point that a label has reached
+    minimises its own terms, its neighbours' last scores held fixed (svm_step; y is the argmax of m,
+    which is also f's). Two things guard against poor answers.
     First only the labels spread, without the last term, from f = -1 (of no class): a guess costs
     much if it is made too soon. After that every class is held to its share, taken to be 1/K as
     p(y) has it (wrong for SVHN, whose digits are not equally frequent): (m + 1) / 2, about 1 within
@@ -1120,7 +1123,7 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> N
     n_l = min(N, s.get("batch_labelled") or share)  # labelled images in it
     # An epoch sees all unlabelled images (but for a last, smaller minibatch), or more rounds of
     # them if the labelled ones need more steps; every minibatch has n_l labelled images drawn
-    # afresh, for N <= n_l all of them. (M1's data have N = 0: all its images are unlabelled.)
+    # afresh, for n_l = N all of them. (M1's data have N = 0: all its images are unlabelled.)
     steps = max(M // n_u if M else 0, math.ceil(N / n_l) if N else 0)
     rounds = math.ceil(steps * n_u / M) if M else 0
     # The paper gives the weights w a prior N(0, I). Its -log p(w) / (N + M), the share of one
@@ -1226,10 +1229,8 @@ def features(m1: M1, images: Tensor) -> Tensor:
 
 
 def active_dimensions(m1: M1, images: Tensor) -> Tensor:
-    """Indices of the z_d whose mean varies over the images: std > 0.1, as the authors have it.
-
-    Without any such dimension, those that vary at least half as much as the most varying one.
-    """
+    """Indices of the z_d whose mean varies over the images: its standard deviation is 0.1 or more,
+    as the authors have it, or half the largest one, if that is less."""
     std = features(m1, images).std(0)
     return (std >= min(0.1, std.max() / 2)).nonzero().squeeze(1)
 
