@@ -1235,8 +1235,8 @@ def active_dimensions(m1: M1, images: Tensor) -> Tensor:
     return (std >= min(0.1, std.max() / 2)).nonzero().squeeze(1)
 
 
-# COMMON MISTAKES, and what each does (test error on MNIST, N = 100, seed 0, ten epochs, so take small
-# differences for noise). M2 as it stands, --model m2 --epochs 10: 10.0 %.
+# COMMON MISTAKES, and what each does (test error on MNIST, N = 100, seed 0, ten epochs; small
+# differences are noise). M2 as it stands, --model m2 --epochs 10: 10.0 %.
 #   y drawn from q(y|x) instead of summed over. No gradient reaches q(y|x) through a draw:
 #     only the entropy, which wants it uncertain, and the labels teach it                  69.1 %
 #   the likelihood averaged over pixels (mean for sum in log_bernoulli): the KL, 784 times too
