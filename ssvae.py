@@ -1843,6 +1843,7 @@ def choose_settings(args, data: Data, device, saved_m1: dict | None) -> tuple[di
         "precision": precision,
         "recipe": args.recipe,
         "m1": fingerprint(args.m1) if args.m1 else None,
+        "alpha": None,  # m1's
         **s,
     }
     if args.model == "m1":
