@@ -29,7 +29,7 @@ In M2, z is the style: what is not the class.
 All three are trained alike: log p(x), the quantity we want high, is an intractable integral over
 the latent variables, so we raise a lower bound on it that we can compute (derived at M1).
 
-NOTATION (the paper's)
+NOTATION (the paper's, whose N is at times N + M)
     x           an image as a vector of D pixels, [B, D] in a minibatch of B; a binary one is drawn
                 from a grey one (a pixel is the probability of being on), afresh at every visit
     y           its class, an integer in 0..K-1, [B]
@@ -84,10 +84,10 @@ SETTINGS = {
     "batch_size": ((500, 500, 500), (500, 500, 500), "unlabelled images in a minibatch"),
     "batch_labelled": ((None, 100, 100), (None, 0, 0),
                        "labelled images beside them; 0: batch_size times N/M, at least 1"),
-    "lr": ((3e-3, 2e-3, 3e-3), (3e-4, 3e-4, 3e-4), "Adam's first step size"),
+    "lr": ((3e-3, 2e-3, 3e-3), (3e-4, 3e-4, 3e-4), "Adam's initial step size"),
     "lr_decay": ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0),
                  "part of it that is lost, linearly, in the course of training"),
-    "z_dim": ((50, 10, 50), (50, 50, 50), "dimensions of z (of z2 in m1+m2; with 2, styles.png)"),
+    "z_dim": ((50, 10, 50), (50, 50, 50), "dimensions of z (z2 in m1+m2); 2: styles.png is drawn"),
     "hidden": (((600, 600), (500, 500), (500, 500)), ((600, 600), (500, 500), (500,)),
                "units in the hidden layers of every network"),
     "activation": (("relu", "relu", "relu"), ("softplus", "softplus", "softplus"),
@@ -97,7 +97,7 @@ SETTINGS = {
     "batch_norm": (("all", "q_y", "all"), ("none", "none", "none"),
                    "networks with batch normalisation: all, none or q_y, the classifier alone"),
     "init_std": ((0.0, 0.0, 0.0), (0.0, 0.001, 0.001),
-                 "standard deviation of the first weights; 0: PyTorch's, and 0.5 for y's (see M2)"),
+                 "standard deviation of the initial weights; 0: PyTorch's, 0.5 for y's (see M2)"),
     "weight_prior": ((0.0, 0.0, 0.0), (0.0, 1.0, 1.0),
                      "1: N(0, I) is the prior of the weights; 0: none (see train)"),
     "dropout": ((None, 0.5, 0.2), (None, 0.0, 0.0), "in the classifier"),
@@ -109,7 +109,7 @@ SETTINGS = {
     "ramp": ((0.15, 0.5, 0.5), (0.0, 0.0, 0.0),
              "part of training in which M1's KL or M2's unlabelled images fade in (see objective)"),
     "threshold": ((None, 0.01, 0.01), (None, 0.0, 0.0),
-                  "labels with q(y|x) below it are left out of U (see M2); 0 on GPUs (see train)"),
+                  "labels with q(y|x) below it are left out of U (see M2); GPUs: 0 (see train)"),
     "classifier_sees": ((None, None, "mean"), (None, None, "draw"),
                         "the stack's q(y|x) is given the mean of q(z1|x) or the draw z1"),
     "classifier": (("tsvm", None, None), ("tsvm", None, None),
@@ -129,10 +129,10 @@ def settings_of(model: str, recipe: str = "fast", dataset: str = "mnist") -> dic
 # labels N, and what differs from SETTINGS for a model.
 DATASETS = {
     "mnist": {"likelihood": "bernoulli", "labels": 100},
-    "fashion": {  # differences chosen by the validation error with N = 1000
+    "fashion": {  # differences chosen by the validation error with N = 1000, not the default
         "likelihood": "bernoulli",
         "labels": 100,
-        # Features that tell more: 36 active dimensions, not 13. Eq. 5's KL charges for z1 by the
+        # Features that tell more: 36 dimensions in use, not 13. Eq. 5's KL charges for z1 by the
         # prior N(0, I), which the stack replaces by M2's anyway; so M1 may pay less for it.
         "m1": {"beta": 0.3, "ramp": 0.5},
         "m2": {"epochs": 40, "z_dim": 50},
@@ -216,7 +216,7 @@ def log_bernoulli(x: Tensor, logits: Tensor) -> Tensor:
     the negative of the binary cross-entropy. With s / (1 - s) = exp(l) it is
         log p(x) = sum_d  x_d l_d + log(1 - s_d)  =  sum_d  x_d l_d - log(1 + exp(l_d)).
     Summed over pixels, not averaged: pixels are D pieces of evidence about one z, and averaging
-    would make the KL term D times too heavy. In float32.
+    would make the KL term D times too heavy.
     """
     # log(1 + exp(l)) = max(l, 0) + log(1 + exp(-|l|)), with max(l, 0) = (l + |l|) / 2, cannot
     # overflow. (F.softplus and log1p are exact to more digits than a sum over pixels needs, and on
@@ -231,8 +231,8 @@ def log_gaussian(x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
 
     The log of the Gaussian density, written with logvar = log sigma^2 so that a network may output
     any real number:  sum_d  -1/2 [ log 2 pi + log sigma_d^2 + (x_d - mu_d)^2 / sigma_d^2 ].
-    As a likelihood its variance is learned: the derivative with respect to log sigma^2 is 0 where
-    sigma^2 is the mean of (x - mu)^2, so errors are weighed in units of their usual size. (With
+    As a likelihood its variance is learned: averaged over the data it is highest where sigma^2 is
+    the mean of (x - mu)^2, so errors are weighed in units of their usual size. (With
     sigma fixed at 1 this is the squared error, whose weight beside the KL is then arbitrary.)
     """
     mu, logvar = mu.float(), logvar.float()
@@ -240,7 +240,7 @@ def log_gaussian(x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 def log_standard(z: Tensor) -> Tensor:
-    """log N(z; 0, I), [B, Z] -> [B], nats per data point: the prior p(z) of all three models."""
+    """log N(z; 0, I), [B, Z] -> [B], nats per data point: the prior of z, z2 in the stack."""
     return -0.5 * (math.log(2 * math.pi) + z**2).sum(-1)
 
 
@@ -269,7 +269,8 @@ def sample_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 def fade_in(t: float, ramp: float) -> float:
-    """A weight that grows from 0 to 1 while t, the part of training that is done, reaches ramp."""
+    """A weight that grows from 0 to 1 while t, the part of training that is done, goes from 0 to
+    ramp (0: it is 1 at once)."""
     return min(1.0, t / ramp) if ramp else 1.0
 
 
@@ -278,7 +279,8 @@ def fade_in(t: float, ramp: float) -> float:
 # Bernoulli: a pixel is on or off. Right for ink on paper; grey is read as the probability of on.
 # Gaussian: x is any real number, its noise independent from dimension to dimension. Right for
 # shades and colours once neighbouring pixels, far from independent, are rotated to principal
-# components (7. DATA). It also gives probability to values that no image has.
+# components (7. DATA). Its bounds, of
+# densities, do not compare with those of binary images.
 LIKELIHOODS = {
     "bernoulli": (1, log_bernoulli, torch.sigmoid),  # one logit a pixel
     "gaussian": (2, log_gaussian, lambda mu, logvar: mu),  # a mean and a log-variance a dimension
@@ -289,6 +291,7 @@ LIKELIHOODS = {
 # =================================================================================================
 #
 # p(z) = N(0, I),   p(x|z) = f(x; z, theta),   q(z|x) = N(mu(x), diag sigma^2(x))         (eq. 1, 3)
+# (f: a density of LIKELIHOODS, whose parameters are the outputs of a neural network at z)
 #
 # The bound. log p(x) is the log of an integral over z. Multiply and divide by any density q(z|x):
 #     log p(x) = log integral p(x|z) p(z) dz = log E_q(z|x)[ p(x|z) p(z) / q(z|x) ]
@@ -342,15 +345,15 @@ class M1(nn.Module):
     def objective(self, x_l, y_l, x_u, labelled: float, t: float, s) -> Tensor:
         """Training loss, a scalar in nats per image; t in [0, 1] is how much of training is done.
 
-        (The arguments are M2's; M1 has all its images in x_u and uses no labels.)
+        (The arguments are M2.objective's; M1 has all its images in x_u and uses no labels.)
 
         Why the ramp. Early on the decoder is too poor to use z, so the cheapest thing a latent
         dimension can do is to pay no KL: q(z_d|x) = p(z_d). The decoder then learns to ignore it,
         and gradients rarely bring it back (posterior collapse). A KL weight that grows from 0 to
-        s["beta"] lets the decoder learn to use z first. Batch normalisation helps as well: it keeps
-        what the last hidden layer tells mu(x) varying over the images of a minibatch.
+        s["beta"] lets the decoder learn to use z first. Batch normalisation helps as well: it
+        makes the last hidden layer, from which mu(x) is computed, vary over a minibatch.
         After the ramp, beta = 1 is eq. 5; beta < 1 lets z say more about x than the best bound
-        asks for; beta = 0 would leave an autoencoder without noise.
+        asks for; with beta = 0 noise would only cost: sigma goes to 0, an autoencoder is left.
         """
         return self.J(x_u, beta=s["beta"] * fade_in(t, s["ramp"])).mean()
 
@@ -418,7 +421,8 @@ class M1(nn.Module):
 #
 # SUMMING OVER y FOR LESS. Eq. 7 holds for any distribution over y. Take q(y|x), drop the labels to
 # which it gives less than a threshold, and renormalise what is left to q~(y|x): U with q~ in place
-# of q is again minus a lower bound on log p(x), by the formula above as tight as q~ is close to r.
+# of q is again minus a lower bound on log p(x): by the formula above, the closer q~ is to r, the
+# tighter.
 # It costs one L(x,y) per label kept: once q(y|x) is sure of most images, little more than one.
 # At threshold 0 it is U itself. The price: U sends no gradient to the logit of a label cut for x;
 # only what q(y|x) learns elsewhere can bring the label back.
@@ -498,14 +502,14 @@ class M2(nn.Module):
         log_q = log_q - (log_q.exp() * keep).sum(-1, keepdim=True).log()  # log q~(y|x)
         # List the kept pairs: number p is (x[i[p]], y[p]). At threshold 0 these are all B * K.
         # Otherwise they are counted, and the list is repeated from its start up to a multiple of
-        # B/2: CPU libraries prepare anew for every shape they meet, so let them meet few. (The
-        # repeated pairs count for nothing in the sum; batch normalisation does see them.)
+        # B/10: CPU libraries prepare anew for every shape they meet, so let them meet few. (The
+        # repeated pairs have weight 0 in the sum, but batch normalisation does see them.)
         n = B * K if threshold == 0 else int(keep.sum())
-        P = n if threshold == 0 else math.ceil(2 * n / B) * math.ceil(B / 2)
+        P = n if threshold == 0 else math.ceil(10 * n / B) * math.ceil(B / 10)
         p = torch.arange(P, device=x.device)
         i, y = (p // K, p % K) if threshold == 0 else keep.nonzero()[p % n].unbind(1)
         log_q = log_q.flatten().index_select(0, i * K + y)  # [P]
-        q = log_q.exp() * (p < n)  # the repeated pairs have weight 0
+        q = log_q.exp() * (p < n)
         terms = q * (self.L(x, y, i) + log_q)  # q~(y|x) [ L(x,y) + log q~(y|x) ]
         return torch.zeros(B, device=x.device).index_add(0, i, terms)  # sum over y
 
@@ -516,43 +520,44 @@ class M2(nn.Module):
         x_u: Tensor,
         labelled: float,
         alpha: float,
-        ramp: float = 1.0,
+        weight_u: float = 1.0,
         balance: float = 0.0,
         log_q: Tensor | None = None,
     ) -> Tensor:
         """Eq. 8 and 9 per image of the whole set, estimated from a minibatch: a scalar, nats.
 
         labelled = N / (N + M). The N labelled images are few, so a minibatch may take more than
-        their share of them. The two means are weighed by their shares of the whole set, not of the
-        minibatch, so this estimates J^alpha / (N + M), if ramp = 1, balance = 0 and the threshold
-        is 0. alpha is the weight per image; ramp multiplies U; balance, less for small minibatches,
-        multiplies KL( p(y) || mean of q(y|x) over x_u ). log_q = log q(y|x) of x_l and x_u, [B, K],
-        where it is not this model's own function of x (the stack).
+        their share of them. The means of L and U are weighed by the shares of the whole set, not of
+        the minibatch: this estimates J^alpha / (N + M), if weight_u = 1, balance = 0 and the
+        threshold is 0. alpha is the weight per image; weight_u multiplies U; balance multiplies
+        KL( p(y) || mean of q(y|x) over x_u ). log_q = log q(y|x) of x_l, then x_u,
+        [n_l + n_u, K], where it is not this model's own function of x (the stack).
         """
         if log_q is None:
-            log_q = self.log_q_y(torch.cat([x_l, x_u]))  # together, so both are normalised alike
+            log_q = self.log_q_y(torch.cat([x_l, x_u]))  # in one batch, to normalise both alike
         log_q_l, log_q_u = log_q[: len(x_l)], log_q[len(x_l) :]
-        J = labelled * self.L(x_l, y_l).mean()
+        loss = labelled * self.L(x_l, y_l).mean()
         if len(x_u):
-            J = J + (1 - labelled) * ramp * self.U(x_u, log_q_u).mean()
+            loss = loss + (1 - labelled) * weight_u * self.U(x_u, log_q_u).mean()
             # With p(y) = 1/K: KL = sum_y 1/K [ log 1/K - log mean q(y|x) ]. A minibatch of B images
             # has class counts of its own, for which even a right q(y|x) pays about (K - 1) / (2 B),
             # next to nothing for B from 50 K up; below that the term counts for less.
             B, K = len(x_u), self.y_dim
             log_mean_q = torch.logsumexp(log_q_u, 0) - math.log(B)
-            J = J + balance * min(1.0, B / (50 * K)) * (-math.log(K) - log_mean_q.mean())
-        return J + alpha * F.nll_loss(log_q_l, y_l)
+            kl = -math.log(K) - log_mean_q.mean()
+            loss = loss + balance * min(1.0, B / (50 * K)) * kl
+        return loss + alpha * F.nll_loss(log_q_l, y_l)
 
     def objective(self, x_l, y_l, x_u, labelled: float, t: float, s, log_q=None) -> Tensor:
         """Training loss, a scalar in nats per image; t in [0, 1] is how much of training is done.
 
         The failure to avoid: q(y|x) soon fits the few labels and is certain everywhere, right or
         wrong. Eq. 7 weighs L(x,y) by q(y|x), so the generative model then learns the wrong class,
-        and teaches it back. Five things work against that, none of them the paper's.
+        and teaches it back. The fast recipe has five things against that, none of them the paper's.
         (1) U fades in from weight 0 to 1 while t goes from 0 to s["ramp"]: q(y|x) hears the labels
         before it hears the generative model, which at first has no opinion worth hearing. (For the
-        generative model the ramp is short: its other loss, L, has weight N / (N + M), 0.002 here,
-        so U soon dominates, and Adam's steps hardly depend on scale.)
+        generative model the ramp is short: its other loss, L, has weight N / (N + M), 0.002 for
+        100 of 50,000, so U soon dominates, and Adam's steps hardly depend on scale.)
         (2) Dropout keeps q(y|x) from fitting the labels too closely.
         (3) An alpha larger than the paper's keeps them from being outvoted by the many guesses.
         (4) No class may swallow another (balance): in the model the mean of p(y|x) over images is
@@ -561,11 +566,9 @@ class M2(nn.Module):
         frequent as p(y) says. It is not faded in: classes are swallowed early.
         (5) On MNIST's pixels z has few dimensions: what z can say about the class, y need not say.
         (Validation error after 40 epochs, seed 0: 6.6, 4.1, 6.0 % for 5, 10, 50 of them.)
-        After the ramp the loss is J^alpha / (N + M), with the sum over y as the threshold has it,
-        and the balance term.
         """
-        ramp = fade_in(t, s["ramp"])
-        return self.J_alpha(x_l, y_l, x_u, labelled, s["alpha"], ramp, s["balance"], log_q)
+        weight_u = fade_in(t, s["ramp"])
+        return self.J_alpha(x_l, y_l, x_u, labelled, s["alpha"], weight_u, s["balance"], log_q)
 
     def classify(self, x: Tensor) -> Tensor:
         """Scores of the K classes, [B, K]; the largest is the answer."""
@@ -603,12 +606,12 @@ class M2(nn.Module):
 # =================================================================================================
 #
 #     p(x, y, z1, z2) = p(y) p(z2) p(z1|y,z2) p(x|z1)
-#     q(z1|x) from M1;  q(y|x) = M2's classifier, at the mean of q(z1|x);  q(z2|z1,y) from M2
+#     q(z1|x) from M1;  q(y|x), M2's classifier at what it sees of z1 (below);  q(z2|z1,y) from M2
 #
-# Why stack? On pixels, M2's loss counts nats, and a digit's class is at most log 10 = 2.3 of the
-# 100 or so that an image costs: how thick, slanted and placed the strokes are costs far more, and a
-# flexible decoder can explain an image well under the wrong class. M1's features hold some 28 nats
-# of an image (its KL), of which 2.3 are a larger share.
+# Why stack? On pixels, a digit's class is at most log 10 = 2.3 of the 100 or so nats that an image
+# costs: the strokes' thickness, slant and place cost far more, and a flexible decoder can explain
+# an image well under the wrong class. M1's features hold some 28 nats of an image (its KL), of
+# which 2.3 are a larger share.
 #
 # The bound. With z1 and M1's q(z1|x), the derivation of eq. 5 reads
 #     log p(x) >= E_q(z1|x)[ log p(x|z1) + log p(z1) - log q(z1|x) ],
@@ -621,11 +624,12 @@ class M2(nn.Module):
 # no longer change, so raising this bound is lowering E_q(z1|x)[ U(z1) ]: M2, with a Gaussian
 # p(z1|y,z2), on a fresh draw of z1 at every visit of x. For labelled x, log p(x,y) has the same
 # bound with -L(z1,y) <= log p(z1,y) in place of -U(z1).
-# What q may look at. The bound holds for every q(z1), so in M2's stage q may look at g, the grey
-# image of which x is a draw: it then holds for each such x, hence on average over them, and the
-# mean and variance of q(z1|g) are computed once. (Holding is one thing, being tight another: M1 was
-# trained on x, and evaluation uses q(z1|x).) Nor need q(y|.) see the draw z1: in the fast recipe it
-# sees the mean of q(z1|g), without its noise, as at the test; the authors' sees the draw.
+# What q may look at. The bound holds for every q(z1) and q(y), whatever they depend on. So in M2's
+# stage z1 is drawn from q(z1|g), where g is the grey image of which x is a draw (Gaussian data have
+# g = x): the bound holds for each such x, hence on average over them, and the mean and variance of
+# q(z1|g) are computed once. (Holding is one thing, being tight another: M1 was trained on x, so the
+# bound is evaluated with q(z1|x).) Nor need q(y|.) see the draw z1: in the fast recipe it sees the
+# mean of q(z1|g), without noise, as when it classifies; the authors' classifier sees the draw.
 # What two stages give up: the bound is still a bound, but no longer maximised over all parameters
 # together; q(z1|x) was fitted to another prior and does not learn of the classes.
 
@@ -671,15 +675,15 @@ class M1M2(nn.Module):
         """As M2's, with an outer draw of z1: the mean of its exp is p(x). [B], nats per image."""
         return self.through_z1(x, self.m2.log_weight)
 
-    def through_z1(self, x: Tensor, log_p_z1) -> Tensor:
-        """log p(x|z1) + log p(z1) - log q(z1|x) for one draw z1 ~ q(z1|x), [B], where log_p_z1
+    def through_z1(self, x: Tensor, log_p_active) -> Tensor:
+        """log p(x|z1) + log p(z1) - log q(z1|x) for one draw z1 ~ q(z1|x), [B], where log_p_active
         gives the active dimensions' share of log p(z1)."""
         mu, logvar = self.m1.encode(x)
         z1 = sample_gaussian(mu, logvar)
         log_q_z1 = log_gaussian(z1, mu, logvar)
         unused = torch.ones_like(mu[0], dtype=torch.bool)
         unused[self.active] = False
-        log_p_z1 = log_p_z1(z1[:, self.active]) + log_standard(z1[:, unused])
+        log_p_z1 = log_p_active(z1[:, self.active]) + log_standard(z1[:, unused])
         return self.m1.log_p_x(x, z1) + log_p_z1 - log_q_z1
 
     def infer(self, x: Tensor, y: Tensor) -> Tensor:
@@ -714,7 +718,8 @@ def nearest(z: Tensor, points: Tensor, k: int) -> Tensor:
 
 
 class KNN(NamedTuple):
-    """Scores of z: the mean of the votes of the k points nearest to it."""
+    """Scores of z: the mean of the votes of the k points nearest to it. (A labelled point votes 1
+    for its class, 0 for others; the TSVM's points have scores around -1 to 1.)"""
 
     points: Tensor  # [n, Z]
     votes: Tensor  # [n, K]
@@ -756,10 +761,10 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=10, a=0.3, steps=100, spread=0.3)
     It is not minimised exactly. Again and again every unlabelled point that a label has reached
     minimises its own terms, its neighbours' last scores held fixed (svm_step; y is the argmax of m,
     which is also f's). Two things guard against poor answers.
-    First only the labels spread, without the last term, from f = -1 (of no class): a guess costs
-    much if it is made too soon. After that every class is held to its share, taken to be 1/K as
-    p(y) has it (wrong for SVHN, whose digits are not equally frequent): (m + 1) / 2, about 1 within
-    the class and 0 elsewhere, is scaled to that mean.
+    First, for a part `spread` of the steps, the labels spread without the last term, from f = -1
+    (of no class): a guess costs much if it is made too soon. After that every class is held to its
+    share, taken to be 1/K as p(y) has it (wrong for SVHN, whose digits are not equally frequent):
+    (m + 1) / 2, about 1 within the class and 0 elsewhere, is scaled to that mean.
     """
     N, t_l = len(y_l), 2.0 * F.one_hot(y_l, y_dim) - 1
     neighbours = nearest(z, z, k + 1)[:, 1:]  # the nearest is the point itself, or its double
@@ -1095,39 +1100,38 @@ class Diverged(Exception):
 
 
 def bfloat16_is_faster(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 matrices natively: most GPUs since 2020, CPUs with
-    AMX or AVX512-BF16.
+    """Whether matrix products are faster in bfloat16: so on most GPUs since 2020, on CPUs with AMX
+    and on AMD's with AVX512-BF16 (2.3 times as fast; on Intel's without AMX, 0.5 times).
 
-    There a matrix product takes a third to a tenth of the time; elsewhere it is emulated and
-    slower. bfloat16 has float32's range with 8 bits of precision: enough for activations and their
-    gradients, so only those are rounded; weights, Adam's moments, log-densities and sums stay
-    float32. Decided by features, not by a timing, so that a run on the same machine always computes
-    the same.
+    It has float32's range with 8 bits of precision: enough for activations and their gradients, so
+    only those are rounded; weights, Adam's moments, log-densities and sums stay float32. Decided by
+    features, not by a timing, so that a run on the same machine always computes the same.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     can = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cpu" and bool(can.get("amx_bf16") or can.get("avx512_bf16"))
+    fast_avx = can.get("avx512_bf16") and "Intel" not in can.get("cpu_name", "")
+    return device.type == "cpu" and bool(can.get("amx_bf16") or fast_avx)
 
 
 def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> None:
     """Minimise model.objective with Adam, by the settings s; one row in the log per epoch.
 
     Everything stays on the device and, on an accelerator, nothing waits for it inside an epoch
-    (there the threshold is 0: to count the labels above it, the host would have to wait).
+    (so there the default threshold is 0: to count the labels above it, the host would wait).
     classify: scores for the validation error, model.classify by default.
     """
     N, M, device = len(data.x_l), len(data.x_u), data.x_l.device
     n_u = min(M, s["batch_size"])  # unlabelled images in a minibatch
-    share = max(1, round(N * n_u / M)) if M else s["batch_size"]
-    n_l = min(N, s.get("batch_labelled") or share)  # labelled images in it
+    in_proportion = max(1, round(N * n_u / M)) if M else s["batch_size"]
+    n_l = min(N, s.get("batch_labelled") or in_proportion)  # labelled images in it
     # An epoch sees all unlabelled images (but for a last, smaller minibatch), or more rounds of
     # them if the labelled ones need more steps; every minibatch has n_l labelled images drawn
-    # afresh, for n_l = N all of them. (M1's data have N = 0: all its images are unlabelled.)
+    # afresh, all of them if n_l = N. (M1's data have N = 0: all its images are unlabelled.)
     steps = max(M // n_u if M else 0, math.ceil(N / n_l) if N else 0)
     rounds = math.ceil(steps * n_u / M) if M else 0
-    # The paper gives the weights w a prior N(0, I). Its -log p(w) / (N + M), the share of one
-    # image, is |w|^2 / (2 (N + M)) and a constant; the gradient, w / (N + M), is what Adam adds as
+    # The paper gives M2's weights w a prior N(0, I). Its -log p(w) / (N + M), the share of one
+    # image, is |w|^2 / (2 (N + M)) plus a constant; the gradient, w / (N + M), is what Adam adds as
     # weight decay (here of all that is trained, biases too; the logged loss lacks this term).
     optimizer = torch.optim.Adam(
         model.parameters(),
@@ -1211,8 +1215,8 @@ def log_likelihood(model: nn.Module, images: Tensor, likelihood: str, draws: int
     model.log_weight draws log w with E[w] = p(x). So the mean of w over S draws estimates p(x)
     without bias, and its log, log p(x): by Jensen too low on average, but less so the larger S is.
     (M1 with one draw: the bound itself. M2's sum over y is exact: with one draw, above it.)
-    How far it lies above the bound estimates, from below, the bound's gap: the mean KL between q
-    and the true posterior.
+    Its distance above the bound estimates, from below, the bound's gap: the mean KL between q and
+    the true posterior.
     """
     torch.manual_seed(0)
     estimates = []
@@ -1236,9 +1240,10 @@ def active_dimensions(m1: M1, images: Tensor) -> Tensor:
 
 
 # COMMON MISTAKES, and what each does (test error on MNIST, N = 100, seed 0, ten epochs; small
-# differences are noise). M2 as it stands, --model m2 --epochs 10: 10.0 %.
+# differences are noise; some are the paper's settings, which its recipe gives 3000 epochs).
+# M2 as it stands, --model m2 --epochs 10: 10.0 %.
 #   y drawn from q(y|x) instead of summed over. No gradient reaches q(y|x) through a draw:
-#     only the entropy, which wants it uncertain, and the labels teach it                  69.1 %
+#     only the entropy, which wants it uncertain, the balance and the labels teach it      69.1 %
 #   the likelihood averaged over pixels (mean for sum in log_bernoulli): the KL, 784 times too
 #     heavy beside it, empties z; L hardly differs between classes, so U makes q uniform   68.7 %
 #   alpha as if the paper's N were the number of labels (--alpha 0.02, a 500th)            25.4 %
