@@ -79,41 +79,42 @@ from torch import Tensor, nn
 MODELS = ("m1", "m2", "m1+m2")
 # fmt: off
 SETTINGS = {
-    # name: (fast: m1, m2, m1+m2), (paper: m1, m2, m1+m2), what it is
-    "epochs": ((30, 60, 100), (3000, 3000, 3000), "passes over the training images"),
-    "batch_size": ((500, 500, 500), (500, 500, 500), "unlabelled images in a minibatch"),
-    "batch_labelled": ((None, 100, 100), (None, 0, 0),
+    # name: (fast: m1, m2, m1+m2), (paper: the same), (lowest[, highest]) or the choices, meaning
+    "epochs": ((30, 60, 100), (3000, 3000, 3000), (1,), "passes over the training images"),
+    "batch_size": ((500, 500, 500), (500, 500, 500), (1,), "unlabelled images in a minibatch"),
+    "batch_labelled": ((None, 100, 100), (None, 0, 0), (0,),
                        "labelled images beside them; 0: batch_size times N/M, at least 1"),
-    "lr": ((3e-3, 2e-3, 3e-3), (3e-4, 3e-4, 3e-4), "Adam's initial step size"),
-    "lr_decay": ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0),
+    "lr": ((3e-3, 2e-3, 3e-3), (3e-4, 3e-4, 3e-4), (1e-99,), "Adam's initial step size"),
+    "lr_decay": ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (0.0, 1.0),
                  "part of it that is lost, linearly, in the course of training"),
-    "z_dim": ((50, 10, 50), (50, 50, 50), "dimensions of z (z2 in m1+m2); 2: styles.png is drawn"),
-    "hidden": (((600, 600), (500, 500), (500, 500)), ((600, 600), (500, 500), (500,)),
+    "z_dim": ((50, 10, 50), (50, 50, 50), (1, 9999),
+              "dimensions of z (z2 in m1+m2); 2: styles.png is drawn"),
+    "hidden": (((600, 600), (500, 500), (500, 500)), ((600, 600), (500, 500), (500,)), (1, 9999),
                "units in the hidden layers of every network"),
     "activation": (("relu", "relu", "relu"), ("softplus", "softplus", "softplus"),
-                   "of the hidden layers: relu or softplus"),
+                   ("relu", "softplus"), "of the hidden layers"),
     # On pixels, batch normalisation in q(z|x,y) and p(x|y,z) gives a better bound but a worse
     # classifier; on z1 it is needed, or z2 collapses (see M1.objective).
-    "batch_norm": (("all", "q_y", "all"), ("none", "none", "none"),
-                   "networks with batch normalisation: all, none or q_y, the classifier alone"),
-    "init_std": ((0.0, 0.0, 0.0), (0.0, 0.001, 0.001),
+    "batch_norm": (("all", "q_y", "all"), ("none", "none", "none"), ("all", "none", "q_y"),
+                   "networks with batch normalisation; q_y: the classifier alone"),
+    "init_std": ((0.0, 0.0, 0.0), (0.0, 0.001, 0.001), (0.0,),
                  "standard deviation of the initial weights; 0: PyTorch's, 0.5 for y's (see M2)"),
-    "weight_prior": ((0.0, 0.0, 0.0), (0.0, 1.0, 1.0),
+    "weight_prior": ((0.0, 0.0, 0.0), (0.0, 1.0, 1.0), (0.0,),
                      "1: N(0, I) is the prior of the weights; 0: none (see train)"),
-    "dropout": ((None, 0.5, 0.2), (None, 0.0, 0.0), "in the classifier"),
-    "alpha": ((None, 10.0, 1.0), (None, 0.1, 0.1),
+    "dropout": ((None, 0.5, 0.2), (None, 0.0, 0.0), (0.0, 0.99), "in the classifier"),
+    "alpha": ((None, 10.0, 1.0), (None, 0.1, 0.1), (0.0,),
               "weight of the classification loss per image (eq. 9; see WHAT ALPHA IS)"),
-    "balance": ((None, 5.0, 5.0), (None, 0.0, 0.0),
+    "balance": ((None, 5.0, 5.0), (None, 0.0, 0.0), (0.0,),
                 "weight of the KL that keeps classes equally frequent (see M2.objective)"),
-    "beta": ((1.0, None, None), (1.0, None, None), "weight of the KL in eq. 5 (1: as it stands)"),
-    "ramp": ((0.15, 0.5, 0.5), (0.0, 0.0, 0.0),
+    "beta": ((1.0, None, None), (1.0, None, None), (0.0,), "weight of the KL in eq. 5"),
+    "ramp": ((0.15, 0.5, 0.5), (0.0, 0.0, 0.0), (0.0, 1.0),
              "part of training in which M1's KL or M2's unlabelled images fade in (see objective)"),
-    "threshold": ((None, 0.01, 0.01), (None, 0.0, 0.0),
+    "threshold": ((None, 0.01, 0.01), (None, 0.0, 0.0), (0.0, 1.0),
                   "labels with q(y|x) below it are left out of U (see M2); GPUs: 0 (see train)"),
-    "classifier_sees": ((None, None, "mean"), (None, None, "draw"),
+    "classifier_sees": ((None, None, "mean"), (None, None, "draw"), ("mean", "draw"),
                         "the stack's q(y|x) is given the mean of q(z1|x) or the draw z1"),
-    "classifier": (("tsvm", None, None), ("tsvm", None, None),
-                   "on M1's features: tsvm, or knn, the nearest labelled image"),
+    "classifier": (("tsvm", None, None), ("tsvm", None, None), ("tsvm", "knn"),
+                   "on M1's features; knn: the nearest labelled image's class"),
 }
 # fmt: on
 
@@ -796,6 +797,17 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:150] or type(error).__name__
 
 
+@contextlib.contextmanager
+def or_bad_input(message: str):
+    """Whatever fails in the block, and libraries raise many kinds, becomes BadInput."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:
+        raise BadInput(f"{message} ({one_line(error)})") from error
+
+
 class Data(NamedTuple):
     """What training and evaluation see. Images: [n, D], as stored (see observe)."""
 
@@ -804,6 +816,7 @@ class Data(NamedTuple):
     y_dim: int  # K
     likelihood: str  # a key of LIKELIHOODS
     pca: dict | None  # of Gaussian images (see principal_components)
+    checksum: int  # of all that was read
     x_l: Tensor  # the N labelled training images ...
     y_l: Tensor  # ... and their labels
     x_u: Tensor  # the M unlabelled training images; their labels are not kept
@@ -899,17 +912,13 @@ def load_norb(folder: Path) -> list[np.ndarray]:
             path = folder / (name + ".gz")
         if not path.exists():
             download_url(NORB_URL + path.name, str(folder), md5=md5)
-        try:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-                magic, ndim = np.frombuffer(file.read(8), "<i4")
-                kind = {0x1E3D4C55: "u1", 0x1E3D4C54: "<i4"}[magic]
-                sizes = np.frombuffer(file.read(4 * max(3, ndim)), "<i4")[:ndim]
-                array = np.frombuffer(file.read(), kind).reshape(sizes)  # C order
-        except Exception as error:  # OS, gzip and zlib errors, a wrong magic number or size
-            raise BadInput(
-                f"{path} is damaged or no NORB file ({one_line(error)}): remove it to have it "
-                f"downloaded again"
-            ) from error
+        opened = gzip.open if path.suffix == ".gz" else open
+        hint = f"{path} is damaged or no NORB file; remove it to have it downloaded"
+        with or_bad_input(hint), opened(path, "rb") as file:
+            magic, ndim = np.frombuffer(file.read(8), "<i4")
+            kind = {0x1E3D4C55: "u1", 0x1E3D4C54: "<i4"}[magic]
+            sizes = np.frombuffer(file.read(4 * max(3, ndim)), "<i4")[:ndim]
+            array = np.frombuffer(file.read(), kind).reshape(sizes)  # C order
         if "dat" in name:
             if array.ndim != 4 or array.shape[1:] != (2, 96, 96) or kind != "u1":
                 raise BadInput(f"{path}: shape {array.shape}, not [n, 2, 96, 96] of bytes")
@@ -936,7 +945,9 @@ def load_known(dataset: str, data_dir: Path) -> list[np.ndarray]:
 
     Raises BadInput if the files are neither there nor to be had, or do not read as they should.
     """
-    try:
+    where = f"cannot read or download {dataset} in {str(data_dir)[:100]}"
+    hint = f"give --data-dir a folder that holds {FILES[dataset]}, or use --dataset glyphs"
+    with or_bad_input(f"{where}: {hint}"):
         if dataset == "norb":
             return load_norb(data_dir / "norb")
         from torchvision import datasets  # here, since it takes a second to import
@@ -947,13 +958,6 @@ def load_known(dataset: str, data_dir: Path) -> list[np.ndarray]:
         kind = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST}[dataset]
         sets = [kind(str(data_dir), train=train, download=True) for train in (True, False)]
         return [a for s in sets for a in (s.data.numpy()[:, None], s.targets.numpy())]
-    except BadInput:
-        raise
-    except Exception as error:  # torchvision raises of every kind here: network, format, disk
-        raise BadInput(
-            f"cannot read or download {dataset} in {str(data_dir)[:100]} ({one_line(error)}): give "
-            f"--data-dir a folder that holds {FILES[dataset]}, or use --dataset glyphs"
-        ) from error
 
 
 def load_npz(path: Path) -> list[np.ndarray]:
@@ -962,14 +966,9 @@ def load_npz(path: Path) -> list[np.ndarray]:
     Raises BadInput if it is not such a file.
     """
     names = ["x_train", "y_train", "x_test", "y_test"]
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = [file[name] for name in names]
-    except Exception as error:  # a zip, zlib, KeyError, pickle or OS error: all mean the same
-        raise BadInput(
-            f"cannot read {path} ({one_line(error)}): it must be an npz file with the arrays "
-            f"{', '.join(names)}, without pickled objects"
-        ) from error
+    hint = f"it must be an npz file with the arrays {', '.join(names)}, without pickled objects"
+    with or_bad_input(f"cannot read {path}: {hint}"), np.load(path, allow_pickle=False) as file:
+        arrays = [file[name] for name in names]
     for i in (0, 2):
         x = arrays[i]
         if x.ndim not in (3, 4):
@@ -1054,7 +1053,7 @@ def load_data(
     n_labels None: the data set's default. pca: that of a saved model, else computed from the
     training images where the likelihood is Gaussian. Raises BadInput.
     """
-    name = Path(dataset).name if dataset.endswith(".npz") else dataset
+    name = str(Path(dataset).resolve()) if dataset.endswith(".npz") else dataset
     if dataset in ("auto", *FILES):
         name = "mnist" if dataset == "auto" else dataset
         try:
@@ -1071,6 +1070,7 @@ def load_data(
     elif name not in FILES:
         arrays = load_npz(Path(dataset))
     check(dataset, arrays)
+    checksum = zlib.crc32(b"".join(a.tobytes() for a in arrays))
 
     shape = arrays[0].shape[1:]
     row = DATASETS.get(name) or DATASETS["grey npz" if shape[0] == 1 else "colour npz"]
@@ -1087,7 +1087,8 @@ def load_data(
         x_train, x_test = project(x_train, pca), project(x_test, pca)
     tensors = [x_train[l], y_train[l], x_train[u], x_train[v], y_train[v], x_test, y_test]
     y_dim = int(y_train.max()) + 1
-    return Data(name, shape, y_dim, row["likelihood"], pca, *(a.to(device) for a in tensors))
+    likelihood, tensors = row["likelihood"], (a.to(device) for a in tensors)
+    return Data(name, shape, y_dim, likelihood, pca, checksum, *tensors)
 
 
 # =================================================================================================
@@ -1293,15 +1294,12 @@ def curves(rows: list[dict]):
     page = Image.new("RGB", (960, 360), "white")
     draw = ImageDraw.Draw(page)
     titles = {"bound": "bound on log p(x), nats", "valid_error": "validation error, %"}
+    rows = rows[len(rows) // 10 :]  # the first tenth comes from far off the page
     for left, (key, title) in zip((80, 570), titles.items()):
         values = [row[key] for row in rows]
-        first = len(values) // 10  # the first tenth comes from far off the page
-        low, high = min(values[first:]), max(values[first:])
-        span = (high - low) or 1.0
-        at = [
-            (left + 360 * (i + 0.5) / len(values), 300 - 250 * (v - low) / span)
-            for i, v in enumerate(values)
-        ]
+        low, span = min(values), (max(values) - min(values)) or 1.0
+        x = [left + 360 * (i + 0.5) / len(values) for i in range(len(values))]
+        y = [300 - 250 * (value - low) / span for value in values]
         draw.text((left, 20), title, fill="black", font_size=16)
         draw.text((left + 180, 350), "epoch", fill="black", font_size=14, anchor="ms")
         draw.rectangle((left, 45, left + 360, 305), outline="black")
@@ -1309,17 +1307,9 @@ def curves(rows: list[dict]):
             value = f"{low + span * k / 4:.1f}"
             draw.text((left - 6, 300 - 250 * k / 4), value, fill="black", anchor="rm", font_size=13)
         for i in range(0, len(rows), math.ceil(len(rows) / 6)):
-            epoch = str(rows[i]["epoch"])
-            draw.text((at[i][0], 310), epoch, fill="black", anchor="ma", font_size=13)
-        for i in range(1, len(rows)):
-            if rows[i]["stage"] != rows[i - 1]["stage"]:  # the stack: M1, then M2 on top
-                x = (at[i - 1][0] + at[i][0]) / 2
-                draw.line((x, 45, x, 305), fill="grey")
-                draw.text((x - 6, 300), "M1", fill="grey", anchor="rb", font_size=13)
-                draw.text((x + 6, 300), "M2 on z1", fill="grey", anchor="lb", font_size=13)
-        draw.line(at[first:], fill="navy", width=2)
-        for x, y in at[first:]:
-            draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill="navy")
+            epoch = f"{rows[i]['stage']}: {rows[i]['epoch']}"  # the stack: m1, then m1+m2 on top
+            draw.text((x[i], 310), epoch, fill="black", anchor="ma", font_size=11)
+        draw.line(list(zip(x, y)), fill="navy", width=2)
     return page
 
 
@@ -1371,16 +1361,10 @@ def pictures(model: nn.Module, classify, data: Data) -> dict:
     scores = in_chunks(classify, data.x_test)
     best, answer = scores.topk(2)
     wrong = (answer[:, 0] != data.y_test).nonzero()[:, 0]
-    wrong = wrong[(best[wrong, 0] - best[wrong, 1]).argsort(descending=True)][:30]
+    wrong = wrong[(best[wrong, 0] - best[wrong, 1]).argsort(descending=True)][:20]
     if len(wrong):
-        columns = min(10, len(wrong))
-        wrong = wrong[: len(wrong) // columns * columns].view(-1, columns)
-        captions = [[f"true {data.y_test[i]}\nsaid {answer[i, 0]}" for i in row] for row in wrong]
-        add(
-            "mistakes.png",
-            pixels(data.x_test[wrong.flatten()]).view(*wrong.shape, -1),
-            captions=captions,
-        )
+        captions = [f"true {data.y_test[i]}\nsaid {answer[i, 0]}" for i in wrong]
+        add("mistakes.png", pixels(data.x_test[wrong])[None], captions=[captions])
     return found
 
 
@@ -1414,43 +1398,45 @@ def write_picture(path: Path, picture) -> None:
 
 # The paper's test errors in % (Table 1: mean, +-) for MNIST, shown beside ours at the end of a run.
 PAPER = {
-    "m1": {100: (11.82, 0.25), 600: (5.72, 0.05), 1000: (4.24, 0.07), 3000: (3.49, 0.04)},
-    "m2": {100: (11.97, 1.71), 600: (4.94, 0.13), 1000: (3.60, 0.56), 3000: (3.92, 0.63)},
-    "m1+m2": {100: (3.33, 0.14), 600: (2.59, 0.05), 1000: (2.40, 0.02), 3000: (2.18, 0.04)},
+    "m1": {100: "11.82 +- 0.25", 600: "5.72 +- 0.05", 1000: "4.24 +- 0.07", 3000: "3.49 +- 0.04"},
+    "m2": {100: "11.97 +- 1.71", 600: "4.94 +- 0.13", 1000: "3.60 +- 0.56", 3000: "3.92 +- 0.63"},
+    "m1+m2": {100: "3.33 +- 0.14", 600: "2.59 +- 0.05", 1000: "2.40 +- 0.02", 3000: "2.18 +- 0.04"},
 }
+
+
+def paper_has(run: dict, sign: str = "") -> str:
+    """What the paper has for a run with these results, in brackets after sign, or nothing."""
+    same = run["dataset"] == "mnist" and run.get("classifier") != "knn"
+    found = PAPER[run["model"]].get(run["labels"]) if same else None
+    return f" ({sign}{found})" if found else ""
+
 
 # What model.pt holds. It is written after every epoch, with all that the next epoch depends on, so
 # that an interrupted run can go on; a finished run's has no optimizer.
 SAVED = {
     "settings": dict,
-    "stage": str,  # "m1", "m2" or, for the stack's second stage, "m1+m2"
-    "epoch": int,  # how many are done in this stage
     "model": dict,
     "optimizer": dict | None,
     "classifier": dict | None,  # of a finished m1 (see KNN)
     "pca": dict | None,
-    "rows": list,  # of log.csv
+    "rows": list,  # of log.csv; the last tells the stage and the epochs done in it
     "seconds": float,
 }
 
 
 def load_saved(path: Path, device, finished=True) -> dict:
     """Read a model.pt, running no code from it. Raises BadInput."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            saved = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # missing, truncated, foreign or malicious: torch raises many kinds
-        raise BadInput(
-            f"cannot read {path} ({one_line(error)}): is it a file written by ssvae.py?"
-        ) from error
+    unreadable = f"cannot read {path}: is it a file written by ssvae.py?"
+    with or_bad_input(unreadable), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        saved = torch.load(path, map_location=device, weights_only=True)
 
     def fits(part, kinds):
         return isinstance(part, dict) and all(
             key in part and isinstance(part[key], kind) for key, kind in kinds.items()
         )
 
-    in_settings = {"model": str, "dataset": str, "labels": int, "seed": int, "file": str | None}
+    in_settings = {"model": str, "dataset": str, "labels": int, "seed": int, "checksum": int}
     known = fits(saved, SAVED) and fits(saved["settings"], in_settings)
     if not known or saved["settings"]["model"] not in MODELS or saved["settings"]["seed"] >> 63:
         raise BadInput(f"{path} was not written by this version of ssvae.py")
@@ -1472,25 +1458,22 @@ class Run:
         """Begin to train a model: its name is the stage's. If something was saved in this stage, go
         on from there. Returns the number of epochs done."""
         self.stage = MODELS[(M1, M2, M1M2).index(type(model))]
-        self.epochs, self.first_epoch, self.stage_start = epochs, 0, time.perf_counter()
-        if self.saved and self.saved["stage"] == self.stage:
-            try:
-                model.load_state_dict(self.saved["model"])
-                if self.saved["optimizer"]:
-                    optimizer.load_state_dict(self.saved["optimizer"])
-            except Exception as error:  # not written by this program: torch raises many kinds
-                raise BadInput(f"the model.pt in {self.folder} does not fit the model") from error
-            self.first_epoch = self.saved["epoch"]
-        return self.first_epoch
+        self.epochs = epochs
+        if not self.rows or self.rows[-1]["stage"] != self.stage:
+            return 0
+        with or_bad_input(f"the model.pt in {self.folder} does not fit the model"):
+            model.load_state_dict(self.saved["model"])
+            if self.saved["optimizer"]:
+                optimizer.load_state_dict(self.saved["optimizer"])
+            return self.rows[-1]["epoch"]
 
     def end_epoch(self, row: dict, model: nn.Module, optimizer) -> None:
         """Log the row, save, draw the curves, print."""
         self.rows.append({"stage": self.stage, **row})
-        self.save(row["epoch"], model, optimizer)
+        self.save(model, optimizer)
         if self.images:
             write_picture(self.folder / "curves.png", curves(self.rows))
-        elapsed, done = time.perf_counter() - self.stage_start, row["epoch"] - self.first_epoch
-        left = int(elapsed / done * (self.epochs - row["epoch"]))
+        left = int(row["seconds"] * (self.epochs - row["epoch"]))
         print(
             f"{self.stage} epoch {row['epoch']}/{self.epochs}  bound {row['bound']:.2f} nats  "
             f"valid error {row['valid_error']:.2f} %  {row['images_per_second']:,.0f} images/s  "
@@ -1498,11 +1481,11 @@ class Run:
             flush=True,
         )
 
-    def save(self, epoch: int, model: nn.Module, optimizer=None, classifier=None) -> None:
+    def save(self, model: nn.Module, optimizer=None, classifier=None) -> None:
         """Write model.pt and, if anything was trained, log.csv."""
         content, text = io.BytesIO(), io.StringIO()
         values = (
-            *(self.settings, self.stage, epoch, model.state_dict()),
+            *(self.settings, model.state_dict()),
             *(optimizer and optimizer.state_dict(), classifier and classifier._asdict()),
             *(self.pca, self.rows, time.perf_counter() - self.start),
         )
@@ -1515,8 +1498,9 @@ class Run:
             write_file(self.folder / "log.csv", text.getvalue().encode())
 
 
-def number(kind, low, high=math.inf):
-    """An argparse type: a finite number of this kind, from low up to high."""
+def number(low, high=math.inf):
+    """An argparse type: a finite number of low's type, from low up to high."""
+    kind = type(low)
 
     def parse(text: str):
         value = kind(text)
@@ -1533,27 +1517,9 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
-LIMITS = {  # of options that are not simply from 1 (integers) or from 0 (others)
-    "batch_labelled": (0, math.inf),
-    "lr": (1e-99, math.inf),
-    "z_dim": (1, 9999),
-    "hidden": (1, 9999),
-    "lr_decay": (0, 1),
-    "dropout": (0, 0.99),
-    "ramp": (0, 1),
-    "threshold": (0, 1),
-}
-CHOICES = {
-    "activation": list(ACTIVATIONS),
-    "batch_norm": ["all", "none", "q_y"],
-    "classifier_sees": ["mean", "draw"],
-    "classifier": ["tsvm", "knn"],
-}
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line; settings that are not in it are None. Raises BadInput."""
-    count = number(int, 1)
+    count = number(1)
     parser = Parser(
         prog="ssvae.py",
         description="Semi-supervised learning with deep generative models: M1, M2 and M1+M2.",
@@ -1566,7 +1532,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "x_train, y_train, x_test, y_test, or auto (default): mnist, else glyphs")
     add("--labels", type=count, nargs="+", metavar="N",
         help="number of labelled images (100; svhn, norb 1000); several with --reproduce")
-    add("--seed", type=number(int, 0, high=2**63 - 1), help="draws splits, weights and noise (0)")
+    add("--seed", type=number(0, 2**63 - 1), help="draws splits, weights and noise (0)")
     add("--recipe", choices=["fast", "paper"], help="which column of the settings (fast)")
     add("--m1-epochs", type=count, help="for m1+m2: epochs of its M1 stage")
     add("--m1", type=Path, metavar="FILE", help="model.pt of an M1 to use, not to train one")
@@ -1588,16 +1554,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group(
         "settings, with fast's for m1, m2 and m1+m2 (its M2 stage) on MNIST"
     )
-    for name, (fast, _, meaning) in SETTINGS.items():
-        values = [value for value in fast if value is not None]
-        kind = int if name == "hidden" else type(values[0])
+    for name, (fast, _, allowed, meaning) in SETTINGS.items():
+        words = isinstance(allowed[0], str)
         group.add_argument(
             "--" + name.replace("_", "-"),
-            type=str if kind is str else number(kind, *LIMITS.get(name, (int(kind is int),))),
+            type=str if words else number(*allowed),
             nargs="+" if name == "hidden" else None,
-            choices=CHOICES.get(name),
+            choices=allowed if words else None,
             metavar=name.split("_")[-1].upper(),
-            help=f"{meaning} ({', '.join(map(str, values))})",
+            help=f"{meaning} ({', '.join(str(value) for value in fast if value is not None)})",
         )
     args = parser.parse_args(argv)
 
@@ -1606,7 +1571,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for when, why, names in (
         (args.load, "--load trains nothing", [*SETTINGS, "m1_epochs", "resume", "overwrite"]),
         (args.load, "--load evaluates one model", ["reproduce", "seeds", "m1"]),
-        (args.load, "--load knows how it was trained", ["recipe", "precision"]),
+        (args.load, "--load knows how it was trained",
+         ["model", "labels", "seed", "recipe", "precision"]),
         (not args.load, "--nll is for a saved model, with --load", ["nll"]),
         (args.reproduce, "--reproduce goes on by itself", ["resume", "overwrite"]),
         (args.reproduce, "--reproduce has its own seeds and M1s", ["seed", "m1"]),
@@ -1644,17 +1610,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def pick_device(name: str) -> torch.device:
     """The torch.device of that name, tried out. Raises BadInput."""
-    try:
+    with or_bad_input(f"--device {name} cannot be used here; try cpu"):
         if name == "auto":
             found = torch.accelerator.current_accelerator(check_available=True)
             name = found.type if found else "cpu"
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()
         return device
-    except Exception as error:  # no such device, no driver, no memory: torch raises many kinds
-        raise BadInput(
-            f"--device {name} cannot be used here ({one_line(error)}); try cpu"
-        ) from error
 
 
 def build(kind, s: dict, *sizes: int, likelihood: str) -> nn.Module:
@@ -1664,21 +1626,25 @@ def build(kind, s: dict, *sizes: int, likelihood: str) -> nn.Module:
     return kind(*sizes, likelihood=likelihood, **{name: s[name] for name in names})
 
 
+def stage_1(s: dict) -> dict:
+    """M1's settings among those of a run of m1 or m1+m2."""
+    return s if s["model"] == "m1" else {k[3:]: v for k, v in s.items() if k.startswith("m1_")}
+
+
 def rebuild(path: Path, saved: dict, data: Data) -> tuple:
     """The model in a model.pt and its classify; for M1, that on its features.
 
     Raises BadInput if they do not fit each other or the data.
     """
     s, x = saved["settings"], pixels(data.x_valid[:2])
-    try:
+    with or_bad_input(f"{path} does not fit this model and data"):
         if s["model"] == "m2":
             model = build(M2, s, x.shape[1], data.y_dim, likelihood=data.likelihood)
         elif s["model"] == "m1":
             model = build(M1, s, x.shape[1], likelihood=data.likelihood)
             knn = KNN(**saved["classifier"])
         else:
-            s_m1 = {key[3:]: value for key, value in s.items() if key.startswith("m1_")}
-            m1 = build(M1, s_m1, x.shape[1], likelihood=data.likelihood)
+            m1 = build(M1, stage_1(s), x.shape[1], likelihood=data.likelihood)
             active = saved["model"]["active"]
             m2 = build(M2, s, len(active), data.y_dim, likelihood="gaussian")
             model = M1M2(m1, m2, active)
@@ -1687,27 +1653,17 @@ def rebuild(path: Path, saved: dict, data: Data) -> tuple:
         m1 = s["model"] == "m1"
         classify = (lambda x: knn(model.encode(x)[0])) if m1 else model.classify
         if classify(x).shape != (len(x), data.y_dim):
-            raise ValueError
-    except Exception as error:  # of a file not written by this program: torch raises many kinds
-        raise BadInput(f"{path} does not fit this model and data") from error
+            raise ValueError("another number of classes")
     return model, classify
-
-
-def fingerprint(path: str | Path) -> str:
-    """The checksum of a file's content and its full name."""
-    return f"crc32 {zlib.crc32(Path(path).read_bytes()):08x} of {Path(path).resolve()}"
 
 
 def summary(results: dict) -> str:
     """The run's last line."""
-    paper = PAPER[results["model"]].get(results["labels"])
-    if results["dataset"] != "mnist" or results.get("classifier") == "knn":
-        paper = None  # not what the paper's table is about
     return (
-        f"{results['model']}, {results['dataset']}, N = {results['labels']}, "
+        f"{results['model']}, {Path(results['dataset']).name}, N = {results['labels']}, "
         f"seed {results['seed']}: test error {results['test_error']:.2f} %"
-        + (f" (the paper: {paper[0]:.2f} +- {paper[1]:.2f})" if paper else "")
-        + f", bound {results['bound']:.2f} nats, {results['seconds']:.0f} s"
+        f"{paper_has(results, 'the paper: ')}, bound {results['bound']:.2f} nats, "
+        f"{results['seconds']:.0f} s"
     )
 
 
@@ -1749,19 +1705,10 @@ def evaluate_saved(args: argparse.Namespace) -> None:
     start, device = time.perf_counter(), pick_device(args.device)
     saved = load_saved(args.load, device)
     s = saved["settings"]
-    given = {"model": args.model, "labels": args.labels, "seed": args.seed}
     dataset = args.dataset or s["dataset"]
-    if s["file"] and (args.dataset or ".npz").endswith(".npz"):  # the user's own, maybe moved
-        checksum, _, name = s["file"].partition(" of ")
-        dataset = args.dataset or name
-        if Path(dataset).is_file() and fingerprint(dataset).partition(" of ")[0] != checksum:
-            raise BadInput(f"--load: {args.load} was trained on {s['file']}, not on {dataset}")
-    else:
-        given["dataset"] = args.dataset
-    for key, value in given.items():
-        if value is not None and value != s[key]:
-            raise BadInput(f"--load: {args.load} was trained with {key} {s[key]}, not {value}")
     data = load_data(dataset, args.data_dir, s["labels"], s["seed"], device, saved["pca"])
+    if data.checksum != s["checksum"]:
+        raise BadInput(f"{args.load} was trained on other data ({s['dataset']}) than {dataset}")
     model, classify = rebuild(args.load, saved, data)
     results = s | evaluate(model, classify, data)
     print(summary(results | {"seconds": time.perf_counter() - start}), flush=True)
@@ -1784,56 +1731,52 @@ def draw(folder: Path, model: nn.Module, classify, data: Data) -> None:
 
 
 def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, dict | None]:
-    """(results of a finished run, model.pt of an unfinished one) in the folder, None where none.
+    """(results, model.pt) of the run in the folder, None where it has none yet.
 
     With --overwrite, removes what a run has written there. Raises BadInput rather than let a run
     be lost: where its settings are others, or it is unfinished and --resume is not given.
     """
-    try:
+    results = None
+    with or_bad_input(f"cannot use {folder}; give another --out-dir"):
         folder.mkdir(parents=True, exist_ok=True)
         if args.overwrite:
             for name in ["results.json", "model.pt", "log.csv", *PICTURES]:
                 (folder / name).unlink(missing_ok=True)
         if (folder / "results.json").exists():
             results = json.loads((folder / "results.json").read_text())
-            if all(results.get(key) == value for key, value in settings.items()):
-                return results, None
-            raise BadInput(f"{folder} holds another run; give another --out-dir or --overwrite")
-        if not (folder / "model.pt").exists():
+        elif not (folder / "model.pt").exists():
             return None, None
-    except (OSError, ValueError, AttributeError) as error:
-        raise BadInput(f"cannot use {folder} ({error}); give another --out-dir") from error
-    if not args.resume:
-        raise BadInput(f"{folder} holds an unfinished run; go on with --resume or --overwrite")
     saved = load_saved(folder / "model.pt", device, finished=False)
     for key, value in settings.items():
-        if saved["settings"].get(key) != value:
-            was = saved["settings"].get(key)
-            raise BadInput(f"--resume: {folder} was begun with {key} {was}, not {value}")
-    return None, saved
+        was = saved["settings"].get(key)
+        if was != value:
+            raise BadInput(
+                f"{folder} holds a run with {key} {was}, not {value}; give another --out-dir or "
+                f"--overwrite"
+            )
+    if not (results or args.resume):
+        raise BadInput(f"{folder} holds an unfinished run; go on with --resume or --overwrite")
+    return results, saved
 
 
-def choose_settings(args, data: Data, device, saved_m1: dict | None) -> tuple[dict, dict, dict]:
-    """(the model's settings, its M1's, and all that a result depends on, which goes into every
-    file and tells one run from another): the table's, unless the command line says otherwise.
+def choose_settings(args, data: Data, device, saved_m1: dict | None) -> dict:
+    """All that a result depends on, which goes into every file and tells one run from another: the
+    table's settings, unless the command line says otherwise; the stack's M1's begin with m1_.
 
     Raises BadInput if --m1 is of another data set or seed.
     """
-    file = fingerprint(args.dataset) if data.name.endswith(".npz") else None
     s = settings_of(args.model, args.recipe, data.name)
     if device.type != "cpu" and "threshold" in s:
         s["threshold"] = 0.0  # counting the kept pairs would make the host wait at every step
-    s_m1 = settings_of("m1", args.recipe, data.name)
-    s_m1["epochs"] = args.m1_epochs or s_m1["epochs"]
+    m1 = settings_of("m1", args.recipe, data.name)
+    m1["epochs"] = args.m1_epochs or m1["epochs"]
     if saved_m1:  # one of another seed has seen, unlabelled, images that are validation images here
-        s_m1 = saved_m1["settings"]
-        for key, value in {"model": "m1", "dataset": data.name, "seed": args.seed}.items():
-            if s_m1[key] != value:
-                raise BadInput(f"--m1 {args.m1} has {key} {s_m1[key]}, not {value}")
-        if file and file.partition(" of ")[0] != (s_m1["file"] or "").partition(" of ")[0]:
-            raise BadInput(f"--m1 {args.m1} was trained on {s_m1['file']}, not on {args.dataset}")
+        m1 = saved_m1["settings"]
+        for key, value in {"model": "m1", "checksum": data.checksum, "seed": args.seed}.items():
+            if m1[key] != value:
+                raise BadInput(f"--m1 {args.m1} was trained with {key} {m1[key]}, not {value}")
         if args.model == "m1":
-            s = {key: s_m1.get(key) for key in s} | {"classifier": s["classifier"]}
+            s = {key: m1.get(key) for key in s} | {"classifier": s["classifier"]}
     s |= {name: getattr(args, name) for name in s if getattr(args, name) is not None}
     precision = args.precision
     if precision == "auto":
@@ -1841,21 +1784,19 @@ def choose_settings(args, data: Data, device, saved_m1: dict | None) -> tuple[di
     settings = {
         "model": args.model,
         "dataset": data.name,
-        "file": file,
+        "checksum": data.checksum,
         "labels": len(data.x_l),
         "seed": args.seed,
         "device": device.type,
         "precision": precision,
         "recipe": args.recipe,
-        "m1": fingerprint(args.m1) if args.m1 else None,
+        "m1": zlib.crc32(args.m1.read_bytes()) if args.m1 else None,
         "alpha": None,  # m1's
         **s,
     }
-    if args.model == "m1":
-        s_m1 = s
     if args.model == "m1+m2":
-        settings |= {"m1_" + name: s_m1.get(name) for name in settings_of("m1")}
-    return s, s_m1, json.loads(json.dumps(settings))  # tuples become lists, as in the files
+        settings |= {"m1_" + name: m1.get(name) for name in settings_of("m1")}
+    return json.loads(json.dumps(settings))  # tuples become lists, as in the files
 
 
 def train_and_evaluate(args: argparse.Namespace) -> None:
@@ -1864,32 +1805,33 @@ def train_and_evaluate(args: argparse.Namespace) -> None:
     saved_m1 = load_saved(args.m1, device) if args.m1 else None
     pca = saved_m1["pca"] if saved_m1 else None
     data = load_data(args.dataset, args.data_dir, args.labels, args.seed, device, pca)
-    s, s_m1, settings = choose_settings(args, data, device, saved_m1)
+    s = choose_settings(args, data, device, saved_m1)
     m1 = rebuild(args.m1, saved_m1, data)[0] if saved_m1 else None
 
     # What is in the folder already?
-    name = f"{args.model}-{data.name}-{len(data.x_l)}-{args.seed}"
+    name = f"{args.model}-{Path(data.name).name}-{len(data.x_l)}-{args.seed}"
     folder = args.out_dir or Path("runs") / (name + "-paper" * (args.recipe == "paper"))
     if args.overwrite and args.m1 and args.m1.resolve().parent == folder.resolve():
         raise BadInput("--overwrite would remove the --m1 file; give another --out-dir")
-    results, saved = find_run(folder, settings, args, device)
+    results, saved = find_run(folder, s, args, device)
     if results:
         print(summary(results))
         print(f"This run is finished, in {folder}; --overwrite trains it afresh.")
         return
 
     # Train: M1 where the model has one and none is given, then M1's classifier or M2.
-    run = Run(folder, settings, saved, data.pca, images=not args.no_images)
+    run = Run(folder, s, saved, data.pca, images=not args.no_images)
+    in_stage_2 = saved and "active" in saved["model"]
     votes, x_dim = F.one_hot(data.y_l, data.y_dim).float(), data.x_test.shape[1]
     images, classifier = torch.cat([data.x_l, data.x_u]), None
     if args.model != "m2" and m1 is None:
         torch.manual_seed(args.seed)
-        m1 = build(M1, s_m1, x_dim, likelihood=data.likelihood).to(device)
+        m1 = build(M1, stage_1(s), x_dim, likelihood=data.likelihood).to(device)
         no_labels = data._replace(x_l=images[:0], y_l=data.y_l[:0], x_u=images)
-        if not (saved and saved["stage"] == "m1+m2"):
+        if not in_stage_2:
             # For the progress lines, a classifier that needs no training: the nearest neighbour.
             one_nearest = lambda x: KNN(features(m1, data.x_l), votes, 1)(m1.encode(x)[0])
-            train(m1, no_labels, s_m1, run, one_nearest)
+            train(m1, no_labels, stage_1(s), run, one_nearest)
     torch.manual_seed(args.seed)
     if args.model == "m1":
         z = features(m1, images)
@@ -1900,8 +1842,7 @@ def train_and_evaluate(args: argparse.Namespace) -> None:
         if args.model == "m2":
             model = build(M2, s, x_dim, data.y_dim, likelihood=data.likelihood).to(device)
         else:
-            resumed = saved and saved["stage"] == "m1+m2"
-            active = saved["model"]["active"] if resumed else active_dimensions(m1, images)
+            active = saved["model"]["active"] if in_stage_2 else active_dimensions(m1, images)
             m2 = build(M2, s, len(active), data.y_dim, likelihood="gaussian")
             model = M1M2(m1, m2, active).to(device)
         train(model, data, s, run)
@@ -1909,7 +1850,7 @@ def train_and_evaluate(args: argparse.Namespace) -> None:
 
     # Evaluate, and write what came of it; pictures last, since they can be drawn again.
     results = {
-        **settings,
+        **s,
         "torch": torch.__version__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "active": len(active_dimensions(m1, images)) if m1 else None,
@@ -1917,7 +1858,7 @@ def train_and_evaluate(args: argparse.Namespace) -> None:
         **evaluate(model, classify, data),
         "seconds": time.perf_counter() - run.start,
     }
-    run.save(s["epochs"], model, classifier=classifier)
+    run.save(model, classifier=classifier)
     write_file(folder / "results.json", json.dumps(results, indent=2).encode())
     print(summary(results))
     if not args.no_images:
@@ -1961,7 +1902,7 @@ def reproduce(args: argparse.Namespace) -> None:
 
 def write_table(folder: Path, models: list, labels: list, results: dict) -> str:
     """table.md, which is returned, and table.json: test error in %, mean +- std over the seeds."""
-    dataset = next(iter(results.values()))["dataset"]
+    dataset = Path(next(iter(results.values()))["dataset"]).name
     lines = [f"Test error in %, {dataset}: mean +- standard deviation (the paper's)", ""]
     lines += ["| N | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
     for N in labels:
@@ -1971,9 +1912,7 @@ def write_table(folder: Path, models: list, labels: list, results: dict) -> str:
             errors = [r["test_error"] for r in runs]
             cell = f"{np.mean(errors):.2f}" if errors else "-"
             cell += f" +- {np.std(errors, ddof=1):.2f}" if len(errors) > 1 else ""
-            as_paper = dataset == "mnist" and runs and runs[0].get("classifier") != "knn"
-            paper = PAPER[model].get(N) if as_paper else None
-            cells.append(cell + (f" ({paper[0]:.2f} +- {paper[1]:.2f})" if paper else ""))
+            cells.append(cell + (paper_has(runs[0]) if runs else ""))
         lines.append(f"| {N} | " + " | ".join(cells) + " |")
     text = "\n".join(lines) + "\n"
     write_file(folder / "table.md", text.encode())

@@ -510,7 +510,7 @@ def test_npz_formats(tmp_path, small):
         path = tmp_path / "own.npz"
         np.savez(path, x_train=x, y_train=y, x_test=x[:9], y_test=y[:9])
         data = ssvae.load_data(str(path), tmp_path, 6, 0, "cpu")
-        assert (data.name, data.shape, data.y_dim) == ("own.npz", shape, 3)
+        assert (data.name, data.shape, data.y_dim) == (str(path), shape, 3)
         assert data.likelihood == likelihood
         assert (len(data.x_l), len(data.x_u), len(data.x_valid)) == (6, 44, 10)
         first = np.moveaxis(x.reshape(60, 5, 4, -1)[0], -1, 0).ravel()  # channels first
@@ -776,14 +776,14 @@ def test_load_evaluates_and_redraws(small, tmp_path, capsys):
         line = capsys.readouterr().out
         assert f"test error {results['test_error']:.2f} %" in line
         assert f"bound {results['bound']:.2f} nats" in line
-    run("--load", out / "model.pt", "--no-images", "--model", "m1+m2", "--dataset", small)
+    run("--load", out / "model.pt", "--no-images", "--dataset", small)
     capsys.readouterr()
     run("--load", out / "model.pt", "--no-images", "--nll", 3)
     assert "log p(x)" in capsys.readouterr().out
     other = tmp_path / "other.npz"
     np.savez(other, **{**np.load(small), "y_test": np.zeros(600, dtype=int)})
     for wrong in (
-        ("--model", "m2"), ("--labels", 50), ("--seed", 3), ("--epochs", 3), ("--dataset", "mnist"),
+        ("--model", "m2"), ("--labels", 50), ("--seed", 3), ("--epochs", 3), ("--dataset", "glyphs"),
         ("--dataset", other), ("--resume",), ("--m1", out / "model.pt"), ("--overwrite",),
         ("--classifier", "knn"), ("--seeds", 2), ("--labels", 100, 200), ("--alpha", 0),
     ):  # fmt: skip
@@ -825,7 +825,7 @@ def quick(model):
 def outcome(folder):
     """What a run came to, times aside: weights, results and log."""
     results = json.loads((folder / "results.json").read_text())
-    for name in ("seconds", "images_per_second", "file"):
+    for name in ("seconds", "images_per_second", "dataset"):
         del results[name]
     log = list(csv.DictReader((folder / "log.csv").open()))
     for row in log:
@@ -1009,7 +1009,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(small, tmp_path, capsys, monk
     args = ("--dataset", small, "--epochs", 3, "--batch-size", 200, "--out-dir", tmp_path / "b")
     run(*args, code=1)
     assert "epoch 2, step 3" in capsys.readouterr().err and len(calls) == 15
-    assert torch.load(tmp_path / "b" / "model.pt", weights_only=True)["epoch"] == 1
+    assert torch.load(tmp_path / "b" / "model.pt", weights_only=True)["rows"][-1]["epoch"] == 1
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -1176,8 +1176,8 @@ def test_damaged_checkpoints_are_refused(small, tmp_path, monkeypatch, capsys):
     torch.save(older, tmp_path / "older.pt")
     bad_files(tmp_path, small)
     names = ["older.pt", "text.pt", "foreign.pt", "malicious.pt", "malicious2.pt"]
-    names += ["no optimizer.pt", "no pca.pt", "no epoch.pt"]
-    for key in ("optimizer", "pca", "epoch"):
+    names += ["no optimizer.pt", "no pca.pt", "no rows.pt"]
+    for key in ("optimizer", "pca", "rows"):
         lacking = torch.load(checkpoint, weights_only=True)
         del lacking[key]
         torch.save(lacking, tmp_path / f"no {key}.pt")
@@ -1197,7 +1197,7 @@ def test_altered_models_are_refused(small, tmp_path, capsys):
     wrong = {
         "m1": [("settings", "text"), ("settings", {}), ("classifier", None), ("model", {}),
                ("classifier", {"points": torch.ones(3, 4), "votes": torch.ones(3, 10), "k": 1}),
-               ("labels", "six"), ("seed", "x"), ("seed", 2**70), ("file", "crc32"), ("file", 3),
+               ("labels", "six"), ("seed", "x"), ("seed", 2**70), ("checksum", "x"), ("checksum", 3),
                ("model name", "m3"), ("model name", "m2"), ("hidden", "wide"), ("z_dim", 10**9)],
         "m1+m2": [("active", torch.tensor([99])), ("active", torch.tensor([0.5])), ("active", 3)],
     }  # fmt: skip
@@ -1214,7 +1214,7 @@ def test_altered_models_are_refused(small, tmp_path, capsys):
             torch.save(content, tmp_path / "bad.pt")
             capsys.readouterr()
             lines = [("--load", tmp_path / "bad.pt", "--out-dir", tmp_path / "none")]
-            if model == "m1" and key not in ("classifier", "labels", "file"):
+            if model == "m1" and key not in ("classifier", "labels"):
                 lines += [("--m1", tmp_path / "bad.pt", "--model", "m1+m2", "--dataset", small)]
             for line in lines:
                 run(*line, code=2)
