@@ -80,7 +80,7 @@ MODELS = ("m1", "m2", "m1+m2")
 # fmt: off
 SETTINGS = {
     # name: (fast: m1, m2, m1+m2), (paper: the same), (lowest[, highest]) or the choices, meaning
-    "epochs": ((30, 60, 100), (3000, 3000, 3000), (1,), "passes over the training images"),
+    "epochs": ((30, 75, 100), (3000, 3000, 3000), (1,), "passes over the training images"),
     "batch_size": ((500, 500, 500), (500, 500, 500), (1,), "unlabelled images in a minibatch"),
     "batch_labelled": ((None, 100, 100), (None, 0, 0), (0,),
                        "labelled images beside them; 0: batch_size times N/M, at least 1"),

@@ -1317,6 +1317,21 @@ def test_reproduce_continues_and_makes_the_table(small, tmp_path, capsys, monkey
     assert trained.count("M1") == 2 and len(trained) == 2 + 4 + 4 + 1 + 1 + 4
 
 
+@pytest.mark.parametrize(
+    ("features", "faster"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, True),
+        ({"amx_bf16": False, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, False),
+        ({"amx_bf16": False, "avx512_bf16": True, "cpu_name": "AMD EPYC"}, True),
+        ({"avx2": True}, False),
+    ],
+)
+def test_bfloat16_only_where_it_was_measured_to_be_faster(monkeypatch, features, faster):
+    """By the CPU's features; the timings are in the function's docstring."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    assert ssvae.bfloat16_is_faster(torch.device("cpu")) is faster
+
+
 def test_precision(small, tmp_path):
     """Both train; what was computed in is recorded."""
     for precision in ("float32", "bfloat16"):
