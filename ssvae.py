@@ -26,19 +26,20 @@ In M2, z is the style: what is not the class.
     a classifier is then        labelled images only                [x]
     trained on z
 
-All three are trained alike: log p(x), the quantity we want high, is an intractable integral over
-the latent variables, so we raise a lower bound on it that we can compute (derived at M1).
+At the heart of all three: log p(x), the quantity we want high, is an intractable integral over the
+latent variables, so we raise a lower bound on it that we can compute (derived at M1).
 
 NOTATION (the paper's, whose N is at times N + M)
     x           an image as a vector of D pixels, [B, D] in a minibatch of B; a binary one is drawn
-                from a grey one (a pixel is the probability of being on), afresh at every visit
+                from a grey one (a pixel is the probability of being on), afresh at every visit;
+                colour images: D coordinates in place of pixels (section 7)
     y           its class, an integer in 0..K-1, [B]
     z, z1, z2   continuous latent variables, [B, Z]
     p_theta     the generative model: p(y) p(z) p(x|y,z), the last the "decoder"
     q_phi       the recognition model or "encoder": q(z|x), q(z|x,y) and the classifier q(y|x)
     L, U, J     losses, i.e. minus a lower bound: labelled (eq. 6), unlabelled (eq. 7), both
                 (eq. 8; the paper writes J for M1's too, eq. 5)
-    alpha       weight of the classification loss (eq. 9; in the code per image, see WHAT ALPHA IS)
+    J^alpha     J + alpha times the classification loss (eq. 9; in the code per image, see M2)
     N, M        the number of labelled and of unlabelled training images
 The three models' losses are in nats (natural logarithm). E_q[.] is an expectation over q,
 KL(q || p) = E_q[log q - log p] >= 0 the divergence, H(q) = -E_q[log q] the entropy.
@@ -73,8 +74,9 @@ from torch import Tensor, nn
 # =================================================================================================
 # "fast" (the default) was chosen on MNIST with N = 100, by the error on the 10,000 validation
 # images (whose labels are used for that, as in the paper: N labels alone would be a poor guide);
-# "paper" is what the paper and its authors' code publish. For the stack, M1's stage takes the
-# column m1, its M2 stage the column m1+m2. Every row is also an option: --batch-size 200, say.
+# "paper" is what the paper and its authors' code publish (but the TSVM is ours, section 6). For the
+# stack, M1's stage takes the column m1, its M2 stage the column m1+m2. Every row is also an option:
+# --batch-size 200, say.
 
 MODELS = ("m1", "m2", "m1+m2")
 # fmt: off
@@ -161,7 +163,11 @@ DATASETS = {
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation over [B, D]; a minibatch of one is normalised by running statistics."""
+    """Batch normalisation over [B, D]; a minibatch of one is normalised by running statistics.
+
+    In training, a network with it depends on its whole minibatch, so the loss is no exact bound of
+    one model; evaluation uses the running statistics, and there it is.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if len(x) > 1:
@@ -280,8 +286,7 @@ def fade_in(t: float, ramp: float) -> float:
 # Bernoulli: a pixel is on or off. Right for ink on paper; grey is read as the probability of on.
 # Gaussian: x is any real number, its noise independent from dimension to dimension. Right for
 # shades and colours once neighbouring pixels, far from independent, are rotated to principal
-# components (7. DATA). Its bounds, of
-# densities, do not compare with those of binary images.
+# components (7. DATA). Its bounds, of densities, do not compare with those of binary images.
 LIKELIHOODS = {
     "bernoulli": (1, log_bernoulli, torch.sigmoid),  # one logit a pixel
     "gaussian": (2, log_gaussian, lambda mu, logvar: mu),  # a mean and a log-variance a dimension
@@ -343,7 +348,7 @@ class M1(nn.Module):
         z = sample_gaussian(mu, logvar)
         return -self.log_p_x(x, z) + beta * kl_gaussian(mu, logvar)
 
-    def objective(self, x_l, y_l, x_u, labelled: float, t: float, s) -> Tensor:
+    def objective(self, x_l, y_l, x_u, share_l: float, t: float, s) -> Tensor:
         """Training loss, a scalar in nats per image; t in [0, 1] is how much of training is done.
 
         (The arguments are M2.objective's; M1 has all its images in x_u and uses no labels.)
@@ -407,26 +412,25 @@ class M1(nn.Module):
 #
 # THE WHOLE SET of N labelled and M unlabelled images:
 #     J = sum_labelled L(x,y) + sum_unlabelled U(x)                                          (eq. 8)
-# L(x,y) does not contain q(y|x): the classifier we want would never see a label. So it is given
-# them as well:
+# L(x,y) does not contain q(y|x): the classifier we want would learn of labels only through U. So it
+# is given them as well, by a loss that is no part of the bound:
 #     J^alpha = J + alpha * E_labelled[ -log q(y|x) ]                                        (eq. 9)
 #
 # WHAT ALPHA IS. The paper sets alpha = 0.1 * N without saying which N, and E_labelled is a mean
 # over labelled points. The authors' code multiplies each labelled point's -log q(y|x), in the sum
 # over the set, by 0.1 (N + M) / N. The two agree if the paper's N is the size of the WHOLE set,
 # here N + M. Divide J^alpha by it and everything is per image, whatever the size of the set:
-#     J^alpha / (N + M) = mean of the bound terms + a * mean_labelled[ -log q(y|x) ],
+#     J^alpha / (N + M) = mean of L and U + a * mean_labelled[ -log q(y|x) ],
 # a = alpha / (N + M). This a is our --alpha: 0.1 is the paper's. Reading N as the number of labels
 # would make the classification loss (N + M) / N times weaker: 500 times for 100 of 50,000 images
 # (of MNIST's 60,000, 10,000 are set aside for validation).
 #
 # SUMMING OVER y FOR LESS. Eq. 7 holds for any distribution over y. Take q(y|x), drop the labels to
 # which it gives less than a threshold, and renormalise what is left to q~(y|x): U with q~ in place
-# of q is again minus a lower bound on log p(x): by the formula above, the closer q~ is to r, the
-# tighter.
-# It costs one L(x,y) per label kept: once q(y|x) is sure of most images, little more than one.
-# At threshold 0 it is U itself. The price: U sends no gradient to the logit of a label cut for x;
-# only what q(y|x) learns elsewhere can bring the label back.
+# of q is again minus a lower bound on log p(x), by the formula above the tighter, the closer q~ is
+# to r. It costs one L(x,y) per label kept: once q(y|x) is sure of most images, little more than
+# one. At threshold 0 it is U itself. The price: U sends no gradient to the logit of a label cut for
+# x; only other terms or other images can bring it back.
 
 
 class M2(nn.Module):
@@ -446,7 +450,7 @@ class M2(nn.Module):
         threshold=0.0,
     ):
         super().__init__()
-        self.y_dim, self.threshold = y_dim, min(threshold, 0.5 / y_dim)  # never cut the largest
+        self.y_dim, self.threshold = y_dim, min(threshold, 0.5 / y_dim)  # so the largest stays
         self.outputs, self.log_density, self.mean = LIKELIHOODS[likelihood]
         how = {"activation": activation, "init_std": init_std}
         self.q_y = mlp(
@@ -519,7 +523,7 @@ class M2(nn.Module):
         x_l: Tensor,
         y_l: Tensor,
         x_u: Tensor,
-        labelled: float,
+        share_l: float,
         alpha: float,
         weight_u: float = 1.0,
         balance: float = 0.0,
@@ -527,7 +531,7 @@ class M2(nn.Module):
     ) -> Tensor:
         """Eq. 8 and 9 per image of the whole set, estimated from a minibatch: a scalar, nats.
 
-        labelled = N / (N + M). The N labelled images are few, so a minibatch may take more than
+        share_l = N / (N + M). The N labelled images are few, so a minibatch may take more than
         their share of them. The means of L and U are weighed by the shares of the whole set, not of
         the minibatch: this estimates J^alpha / (N + M), if weight_u = 1, balance = 0 and the
         threshold is 0. alpha is the weight per image; weight_u multiplies U; balance multiplies
@@ -537,28 +541,28 @@ class M2(nn.Module):
         if log_q is None:
             log_q = self.log_q_y(torch.cat([x_l, x_u]))  # in one batch, to normalise both alike
         log_q_l, log_q_u = log_q[: len(x_l)], log_q[len(x_l) :]
-        loss = labelled * self.L(x_l, y_l).mean()
+        loss = share_l * self.L(x_l, y_l).mean()
         if len(x_u):
-            loss = loss + (1 - labelled) * weight_u * self.U(x_u, log_q_u).mean()
+            loss = loss + (1 - share_l) * weight_u * self.U(x_u, log_q_u).mean()
             # With p(y) = 1/K: KL = sum_y 1/K [ log 1/K - log mean q(y|x) ]. A minibatch of B images
-            # has class counts of its own, for which even a right q(y|x) pays about (K - 1) / (2 B),
-            # next to nothing for B from 50 K up; below that the term counts for less.
+            # has class counts of its own: even a right q(y|x) pays (K - 1) / (2 B) on average, to
+            # second order in the counts. The factor keeps that below 0.01 nats.
             B, K = len(x_u), self.y_dim
             log_mean_q = torch.logsumexp(log_q_u, 0) - math.log(B)
             kl = -math.log(K) - log_mean_q.mean()
             loss = loss + balance * min(1.0, B / (50 * K)) * kl
         return loss + alpha * F.nll_loss(log_q_l, y_l)
 
-    def objective(self, x_l, y_l, x_u, labelled: float, t: float, s, log_q=None) -> Tensor:
+    def objective(self, x_l, y_l, x_u, share_l: float, t: float, s, log_q=None) -> Tensor:
         """Training loss, a scalar in nats per image; t in [0, 1] is how much of training is done.
 
         The failure to avoid: q(y|x) soon fits the few labels and is certain everywhere, right or
         wrong. Eq. 7 weighs L(x,y) by q(y|x), so the generative model then learns the wrong class,
-        and teaches it back. The fast recipe has five things against that, none of them the paper's.
+        and teaches it back. The fast recipe has up to five things against that, none the paper's.
         (1) U fades in from weight 0 to 1 while t goes from 0 to s["ramp"]: q(y|x) hears the labels
-        before it hears the generative model, which at first has no opinion worth hearing. (For the
-        generative model the ramp is short: its other loss, L, has weight N / (N + M), 0.002 for
-        100 of 50,000, so U soon dominates, and Adam's steps hardly depend on scale.)
+        before it hears the generative model, which at first has no opinion worth hearing. (The
+        generative model itself learns from U almost at once: its other loss, L, has weight
+        N / (N + M), 0.002 for 100 of 50,000, and Adam's steps hardly depend on scale.)
         (2) Dropout keeps q(y|x) from fitting the labels too closely.
         (3) An alpha larger than the paper's keeps them from being outvoted by the many guesses.
         (4) No class may swallow another (balance): in the model the mean of p(y|x) over images is
@@ -569,7 +573,7 @@ class M2(nn.Module):
         (Validation error after 40 epochs, seed 0: 6.6, 4.1, 6.0 % for 5, 10, 50 of them.)
         """
         weight_u = fade_in(t, s["ramp"])
-        return self.J_alpha(x_l, y_l, x_u, labelled, s["alpha"], weight_u, s["balance"], log_q)
+        return self.J_alpha(x_l, y_l, x_u, share_l, s["alpha"], weight_u, s["balance"], log_q)
 
     def classify(self, x: Tensor) -> Tensor:
         """Scores of the K classes, [B, K]; the largest is the answer."""
@@ -611,8 +615,8 @@ class M2(nn.Module):
 #
 # Why stack? On pixels, a digit's class is at most log 10 = 2.3 of the 100 or so nats that an image
 # costs: the strokes' thickness, slant and place cost far more, and a flexible decoder can explain
-# an image well under the wrong class. M1's features hold some 28 nats of an image (its KL), of
-# which 2.3 are a larger share.
+# an image well under the wrong class. M1 says in its features some 28 nats about an image of MNIST
+# (its KL), of which 2.3 are a larger share.
 #
 # The bound. With z1 and M1's q(z1|x), the derivation of eq. 5 reads
 #     log p(x) >= E_q(z1|x)[ log p(x|z1) + log p(z1) - log q(z1|x) ],
@@ -620,7 +624,8 @@ class M2(nn.Module):
 # eq. 7 gives a bound, log p(z1) >= -U(z1). Hence
 #     log p(x) >= E_q(z1|x)[ log p(x|z1) - U(z1) - log q(z1|x) ].
 # (M1 leaves some dimensions of z1 unused: their mean hardly varies, q(z1_d|x) is close to N(0, 1).
-# They keep N(0, 1) as a factor of p(z1), and z1 in U means the others, the active ones.)
+# They keep N(0, 1) as a factor of p(z1), its log is added, and z1 in U means the others, the active
+# ones.)
 # Training is in two stages. M1 is trained with p(z1) = N(0, I) and then frozen: p(x|z1) and q(z1|x)
 # no longer change, so raising this bound is lowering E_q(z1|x)[ U(z1) ]: M2, with a Gaussian
 # p(z1|y,z2), on a fresh draw of z1 at every visit of x. For labelled x, log p(x,y) has the same
@@ -630,7 +635,8 @@ class M2(nn.Module):
 # g = x): the bound holds for each such x, hence on average over them, and the mean and variance of
 # q(z1|g) are computed once. (Holding is one thing, being tight another: M1 was trained on x, so the
 # bound is evaluated with q(z1|x).) Nor need q(y|.) see the draw z1: in the fast recipe it sees the
-# mean of q(z1|g), without noise, as when it classifies; the authors' classifier sees the draw.
+# mean of q(z1|g), without noise, as when it classifies. (The price is a looser bound, since y may
+# not depend on the draw.) The authors' classifier sees the draw.
 # What two stages give up: the bound is still a bound, but no longer maximised over all parameters
 # together; q(z1|x) was fitted to another prior and does not learn of the classes.
 
@@ -654,7 +660,7 @@ class M1M2(nn.Module):
         mu, logvar = self.m1.encode(x)
         return torch.cat([mu[:, self.active], logvar[:, self.active]], 1)
 
-    def objective(self, x_l, y_l, x_u, labelled: float, t: float, s) -> Tensor:
+    def objective(self, x_l, y_l, x_u, share_l: float, t: float, s) -> Tensor:
         """M2.objective on z1 ~ q(z1|g): of the bound, U and L alone, since the rest is frozen.
 
         x_l and x_u are not images but what encode makes of them.
@@ -662,7 +668,7 @@ class M1M2(nn.Module):
         mu, logvar = torch.cat([x_l, x_u]).chunk(2, -1)
         z1 = sample_gaussian(mu, logvar)
         log_q = self.m2.log_q_y(mu if s["classifier_sees"] == "mean" else z1)
-        return self.m2.objective(z1[: len(x_l)], y_l, z1[len(x_l) :], labelled, t, s, log_q)
+        return self.m2.objective(z1[: len(x_l)], y_l, z1[len(x_l) :], share_l, t, s, log_q)
 
     def classify(self, x: Tensor) -> Tensor:
         """log q(y|x) for every y, [B, K]: M2's classifier at the mean of q(z1|x)."""
@@ -678,7 +684,7 @@ class M1M2(nn.Module):
 
     def through_z1(self, x: Tensor, log_p_active) -> Tensor:
         """log p(x|z1) + log p(z1) - log q(z1|x) for one draw z1 ~ q(z1|x), [B], where log_p_active
-        gives the active dimensions' share of log p(z1)."""
+        bounds or estimates the active dimensions' share of log p(z1)."""
         mu, logvar = self.m1.encode(x)
         z1 = sample_gaussian(mu, logvar)
         log_q_z1 = log_gaussian(z1, mu, logvar)
@@ -754,7 +760,7 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=10, a=0.3, steps=100, spread=0.3)
     neighbours of point i. An unlabelled point has no y, so y is minimised over as well. The aim:
         sum_i |f_i - m_i|^2 + a * sum_unlabelled min_y hinge(f_i, y),
         with f_i = t(y_i), all +1 or -1, at the labelled points.
-    The last term is what makes it transductive: it pushes unlabelled points to a side, and so the
+    The last term makes it a transductive SVM: it pushes unlabelled points to a side, and so the
     boundaries, where f changes sign, to where there are few points. The minimum is at
     y = argmax_c f_c (changing y from c to d adds g(f_d) - g(f_c), and the function
     g(f) = max(0, 1 - f)^2 - max(0, 1 + f)^2 decreases in f).
@@ -763,9 +769,9 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=10, a=0.3, steps=100, spread=0.3)
     minimises its own terms, its neighbours' last scores held fixed (svm_step; y is the argmax of m,
     which is also f's). Two things guard against poor answers.
     First, for a part `spread` of the steps, the labels spread without the last term, from f = -1
-    (of no class): a guess costs much if it is made too soon. After that every class is held to its
-    share, taken to be 1/K as p(y) has it (wrong for SVHN, whose digits are not equally frequent):
-    (m + 1) / 2, about 1 within the class and 0 elsewhere, is scaled to that mean.
+    (of no class): a guess costs much if it is made too soon. Second, from then on every class is
+    held to its share, taken to be 1/K as p(y) has it (wrong for SVHN, whose digits are not equally
+    frequent): (m + 1) / 2, about 1 within the class and 0 elsewhere, is scaled to that mean.
     """
     N, t_l = len(y_l), 2.0 * F.one_hot(y_l, y_dim) - 1
     neighbours = nearest(z, z, k + 1)[:, 1:]  # the nearest is the point itself, or its double
@@ -842,7 +848,7 @@ def observe(images: Tensor, likelihood: str) -> Tensor:
 
     Bernoulli: a grey pixel is read as the probability that the pixel is on, and binary images are
     drawn from it, afresh at every visit. So the bound is one on the log probability of a binary
-    image, and every epoch sees other ones. Gaussian: x is what is stored.
+    image, and M1 and M2 see other ones in every epoch. Gaussian: x is what is stored.
     """
     x = pixels(images)
     return (torch.rand_like(x) < x).float() if likelihood == "bernoulli" else x
@@ -1215,7 +1221,8 @@ def log_likelihood(model: nn.Module, images: Tensor, likelihood: str, draws: int
 
     model.log_weight draws log w with E[w] = p(x). So the mean of w over S draws estimates p(x)
     without bias, and its log, log p(x): by Jensen too low on average, but less so the larger S is.
-    (M1 with one draw: the bound itself. M2's sum over y is exact: with one draw, above it.)
+    (With one draw, M1's is the bound itself; M2's and the stack's, whose sum over y is exact, lie
+    above theirs.)
     Its distance above the bound estimates, from below, the bound's gap: the mean KL between q and
     the true posterior.
     """
