@@ -510,7 +510,8 @@ class M2(nn.Module):
         # B/10: CPU libraries prepare anew for every shape they meet, so let them meet few. (The
         # repeated pairs have weight 0 in the sum, but batch normalisation does see them.)
         n = B * K if threshold == 0 else int(keep.sum())
-        P = n if threshold == 0 else math.ceil(10 * n / B) * math.ceil(B / 10)
+        unit = 1 if threshold == 0 else math.ceil(B / 10)
+        P = math.ceil(n / unit) * unit
         p = torch.arange(P, device=x.device)
         i, y = (p // K, p % K) if threshold == 0 else keep.nonzero()[p % n].unbind(1)
         log_q = log_q.flatten().index_select(0, i * K + y)  # [P]
@@ -875,9 +876,8 @@ def glyphs(n: int = 70_000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     x, y = [], torch.randint(10, (n,), generator=g)
     for digit in y.split(1000):
         B = len(digit)
-        angle, shear, shift_x, shift_y = (2 * torch.rand(4, B, generator=g) - 1) * torch.tensor(
-            [[0.25], [0.3], [0.1], [0.1]]
-        )
+        most = torch.tensor([[0.25], [0.3], [0.1], [0.1]])
+        angle, shear, shift_x, shift_y = most * (2 * torch.rand(4, B, generator=g) - 1)
         scale_x, scale_y = 0.8 + 0.35 * torch.rand(2, B, generator=g)
         cos, sin = angle.cos(), angle.sin()
         row_x = [scale_x * cos, shear * cos - scale_y * sin, shift_x]
@@ -1076,7 +1076,9 @@ def load_data(
     elif name not in FILES:
         arrays = load_npz(Path(dataset))
     check(dataset, arrays)
-    checksum = zlib.crc32(b"".join(a.tobytes() for a in arrays))
+    checksum = 0
+    for array in arrays:
+        checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
 
     shape = arrays[0].shape[1:]
     row = DATASETS.get(name) or DATASETS["grey npz" if shape[0] == 1 else "colour npz"]
@@ -1117,7 +1119,7 @@ def bfloat16_is_faster(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     can = getattr(torch.cpu, "get_capabilities", dict)()
-    fast_avx = can.get("avx512_bf16") and "Intel" not in can.get("cpu_name", "")
+    fast_avx = can.get("avx512_bf16") and "Intel" not in can.get("cpu_name", "Intel")
     return device.type == "cpu" and bool(can.get("amx_bf16") or fast_avx)
 
 
@@ -1313,10 +1315,11 @@ def curves(rows: list[dict]):
         for k in range(5):
             value = f"{low + span * k / 4:.1f}"
             draw.text((left - 6, 300 - 250 * k / 4), value, fill="black", anchor="rm", font_size=13)
-        for i in range(0, len(rows), math.ceil(len(rows) / 6)):
+        for i in range(0, len(rows), math.ceil(len(rows) / 5)):
             epoch = f"{rows[i]['stage']}: {rows[i]['epoch']}"  # the stack: m1, then m1+m2 on top
             draw.text((x[i], 310), epoch, fill="black", anchor="ma", font_size=11)
         draw.line(list(zip(x, y)), fill="navy", width=2)
+        draw.ellipse((x[-1] - 3, y[-1] - 3, x[-1] + 3, y[-1] + 3), fill="navy")
     return page
 
 
@@ -1457,7 +1460,7 @@ class Run:
 
     def __init__(self, folder: Path, settings: dict, saved: dict | None, pca, images: bool):
         self.folder, self.settings, self.saved = folder, settings, saved
-        self.pca, self.images, self.stage = pca, images, settings["model"]
+        self.pca, self.images = pca, images
         self.rows = saved["rows"] if saved else []
         self.start = time.perf_counter() - (saved["seconds"] if saved else 0)
 
@@ -1466,13 +1469,13 @@ class Run:
         on from there. Returns the number of epochs done."""
         self.stage = MODELS[(M1, M2, M1M2).index(type(model))]
         self.epochs = epochs
-        if not self.rows or self.rows[-1]["stage"] != self.stage:
-            return 0
         with or_bad_input(f"the model.pt in {self.folder} does not fit the model"):
+            if not self.rows or self.rows[-1]["stage"] != self.stage:
+                return 0
             model.load_state_dict(self.saved["model"])
             if self.saved["optimizer"]:
                 optimizer.load_state_dict(self.saved["optimizer"])
-            return self.rows[-1]["epoch"]
+            return int(self.rows[-1]["epoch"])
 
     def end_epoch(self, row: dict, model: nn.Module, optimizer) -> None:
         """Log the row, save, draw the curves, print."""
@@ -1491,11 +1494,9 @@ class Run:
     def save(self, model: nn.Module, optimizer=None, classifier=None) -> None:
         """Write model.pt and, if anything was trained, log.csv."""
         content, text = io.BytesIO(), io.StringIO()
-        values = (
-            *(self.settings, model.state_dict()),
-            *(optimizer and optimizer.state_dict(), classifier and classifier._asdict()),
-            *(self.pca, self.rows, time.perf_counter() - self.start),
-        )
+        values = [self.settings, model.state_dict(), optimizer and optimizer.state_dict()]
+        values += [classifier and classifier._asdict(), self.pca, self.rows]
+        values += [time.perf_counter() - self.start]
         torch.save(dict(zip(SAVED, values, strict=True)), content)
         write_file(self.folder / "model.pt", content.getvalue())
         if self.rows:  # --m1 FILE --model m1 trains nothing
@@ -1647,18 +1648,16 @@ def rebuild(path: Path, saved: dict, data: Data) -> tuple:
     with or_bad_input(f"{path} does not fit this model and data"):
         if s["model"] == "m2":
             model = build(M2, s, x.shape[1], data.y_dim, likelihood=data.likelihood)
-        elif s["model"] == "m1":
-            model = build(M1, s, x.shape[1], likelihood=data.likelihood)
-            knn = KNN(**saved["classifier"])
         else:
-            m1 = build(M1, stage_1(s), x.shape[1], likelihood=data.likelihood)
+            model = build(M1, stage_1(s), x.shape[1], likelihood=data.likelihood)
+        if s["model"] == "m1+m2":
             active = saved["model"]["active"]
             m2 = build(M2, s, len(active), data.y_dim, likelihood="gaussian")
-            model = M1M2(m1, m2, active)
+            model = M1M2(model, m2, active)
         model.load_state_dict(saved["model"])
         model.to(x.device).eval()
-        m1 = s["model"] == "m1"
-        classify = (lambda x: knn(model.encode(x)[0])) if m1 else model.classify
+        knn = s["model"] == "m1" and KNN(**saved["classifier"])
+        classify = (lambda x: knn(model.encode(x)[0])) if knn else model.classify
         if classify(x).shape != (len(x), data.y_dim):
             raise ValueError("another number of classes")
     return model, classify
@@ -1713,9 +1712,12 @@ def evaluate_saved(args: argparse.Namespace) -> None:
     saved = load_saved(args.load, device)
     s = saved["settings"]
     dataset = args.dataset or s["dataset"]
+    other = BadInput(f"{args.load} was trained on other data, {s['dataset']}, than {dataset}")
+    if dataset != s["dataset"] and not dataset.endswith(".npz"):
+        raise other
     data = load_data(dataset, args.data_dir, s["labels"], s["seed"], device, saved["pca"])
     if data.checksum != s["checksum"]:
-        raise BadInput(f"{args.load} was trained on other data ({s['dataset']}) than {dataset}")
+        raise other
     model, classify = rebuild(args.load, saved, data)
     results = s | evaluate(model, classify, data)
     print(summary(results | {"seconds": time.perf_counter() - start}), flush=True)
@@ -1738,12 +1740,12 @@ def draw(folder: Path, model: nn.Module, classify, data: Data) -> None:
 
 
 def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, dict | None]:
-    """(results, model.pt) of the run in the folder, None where it has none yet.
+    """(results of a finished run, model.pt of an unfinished one) in the folder, None where none.
 
     With --overwrite, removes what a run has written there. Raises BadInput rather than let a run
     be lost: where its settings are others, or it is unfinished and --resume is not given.
     """
-    results = None
+    results = saved = None
     with or_bad_input(f"cannot use {folder}; give another --out-dir"):
         folder.mkdir(parents=True, exist_ok=True)
         if args.overwrite:
@@ -1751,17 +1753,18 @@ def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, d
                 (folder / name).unlink(missing_ok=True)
         if (folder / "results.json").exists():
             results = json.loads((folder / "results.json").read_text())
-        elif not (folder / "model.pt").exists():
+        elif (folder / "model.pt").exists():
+            saved = load_saved(folder / "model.pt", device, finished=False)
+        else:
             return None, None
-    saved = load_saved(folder / "model.pt", device, finished=False)
-    for key, value in settings.items():
-        was = saved["settings"].get(key)
-        if was != value:
-            raise BadInput(
-                f"{folder} holds a run with {key} {was}, not {value}; give another --out-dir or "
-                f"--overwrite"
-            )
-    if not (results or args.resume):
+        begun = results or saved["settings"]
+        for key in settings.keys() - {"dataset"}:  # a file may have moved; its checksum tells
+            if begun.get(key) != settings[key]:
+                raise BadInput(
+                    f"{folder} holds a run with {key} {begun.get(key)}, not {settings[key]}; give "
+                    f"another --out-dir or --overwrite"
+                )
+    if saved and not args.resume:
         raise BadInput(f"{folder} holds an unfinished run; go on with --resume or --overwrite")
     return results, saved
 
@@ -1779,15 +1782,15 @@ def choose_settings(args, data: Data, device, saved_m1: dict | None) -> dict:
     m1["epochs"] = args.m1_epochs or m1["epochs"]
     if saved_m1:  # one of another seed has seen, unlabelled, images that are validation images here
         m1 = saved_m1["settings"]
-        for key, value in {"model": "m1", "checksum": data.checksum, "seed": args.seed}.items():
+        if m1["checksum"] != data.checksum:
+            raise BadInput(f"--m1 {args.m1} was trained on other data, {m1['dataset']}")
+        for key, value in {"model": "m1", "seed": args.seed}.items():
             if m1[key] != value:
-                raise BadInput(f"--m1 {args.m1} was trained with {key} {m1[key]}, not {value}")
+                raise BadInput(f"--m1 {args.m1} has {key} {m1[key]}, not {value}")
         if args.model == "m1":
             s = {key: m1.get(key) for key in s} | {"classifier": s["classifier"]}
     s |= {name: getattr(args, name) for name in s if getattr(args, name) is not None}
-    precision = args.precision
-    if precision == "auto":
-        precision = "bfloat16" if bfloat16_is_faster(device) else "float32"
+    auto = "bfloat16" if bfloat16_is_faster(device) else "float32"
     settings = {
         "model": args.model,
         "dataset": data.name,
@@ -1795,7 +1798,7 @@ def choose_settings(args, data: Data, device, saved_m1: dict | None) -> dict:
         "labels": len(data.x_l),
         "seed": args.seed,
         "device": device.type,
-        "precision": precision,
+        "precision": auto if args.precision == "auto" else args.precision,
         "recipe": args.recipe,
         "m1": zlib.crc32(args.m1.read_bytes()) if args.m1 else None,
         "alpha": None,  # m1's
@@ -1888,7 +1891,7 @@ def reproduce(args: argparse.Namespace) -> None:
         train_and_evaluate(argparse.Namespace(**vars(args) | {"m1": None, "m1_epochs": None} | own))
 
     cells = [(s, N, model) for s in range(args.seeds) for N in args.labels for model in models]
-    results, spent, none = {}, {model: [] for model in models}, dict.fromkeys(SETTINGS)
+    results, none = {}, dict.fromkeys(SETTINGS)
     for done, (seed, N, model) in enumerate(cells, 1):
         out, shared = folder / f"{model}-{N}-{seed}", folder / f"shared-m1-{seed}"
         if model == "m2":
@@ -1900,7 +1903,7 @@ def reproduce(args: argparse.Namespace) -> None:
             own = none | {"classifier": args.classifier} if model == "m1" else {}
             go(out, model, N, seed, m1=shared / "model.pt", **own)
         results[model, N, seed] = json.loads((out / "results.json").read_text())
-        spent[model].append(results[model, N, seed]["seconds"])
+        spent = {m: [r["seconds"] for r in results.values() if r["model"] == m] for m in models}
         table = write_table(folder, models, args.labels, results)
         left = sum(np.mean(spent[m]) for _, _, m in cells[done:] if spent[m]) / 60
         print(f"{done} of {len(cells)} runs done, about {left:.0f} minutes left\n", flush=True)
