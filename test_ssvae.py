@@ -783,7 +783,7 @@ def test_load_evaluates_and_redraws(small, tmp_path, capsys):
     other = tmp_path / "other.npz"
     np.savez(other, **{**np.load(small), "y_test": np.zeros(600, dtype=int)})
     for wrong in (
-        ("--model", "m2"), ("--labels", 50), ("--seed", 3), ("--epochs", 3), ("--dataset", "glyphs"),
+        ("--model", "m2"), ("--labels", 5), ("--seed", 3), ("--epochs", 3), ("--dataset", "glyphs"),
         ("--dataset", other), ("--resume",), ("--m1", out / "model.pt"), ("--overwrite",),
         ("--classifier", "knn"), ("--seeds", 2), ("--labels", 100, 200), ("--alpha", 0),
     ):  # fmt: skip
@@ -1199,7 +1199,7 @@ def test_altered_models_are_refused(small, tmp_path, capsys):
     wrong = {
         "m1": [("settings", "text"), ("settings", {}), ("classifier", None), ("model", {}),
                ("classifier", {"points": torch.ones(3, 4), "votes": torch.ones(3, 10), "k": 1}),
-               ("labels", "six"), ("seed", "x"), ("seed", 2**70), ("checksum", "x"), ("checksum", 3),
+               ("labels", "six"), ("seed", "x"), ("seed", 2**70), ("checksum", 3),
                ("model name", "m3"), ("model name", "m2"), ("hidden", "wide"), ("z_dim", 10**9)],
         "m1+m2": [("active", torch.tensor([99])), ("active", torch.tensor([0.5])), ("active", 3)],
     }  # fmt: skip
