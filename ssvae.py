@@ -239,8 +239,8 @@ def log_gaussian(x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     The log of the Gaussian density, written with logvar = log sigma^2 so that a network may output
     any real number:  sum_d  -1/2 [ log 2 pi + log sigma_d^2 + (x_d - mu_d)^2 / sigma_d^2 ].
     As a likelihood its variance is learned: averaged over the data it is highest where sigma^2 is
-    the mean of (x - mu)^2, so errors are weighed in units of their usual size. (With
-    sigma fixed at 1 this is the squared error, whose weight beside the KL is then arbitrary.)
+    the mean of (x - mu)^2, so errors are weighed in units of their usual size. (With sigma fixed at
+    1 this is the squared error, whose weight beside the KL is then arbitrary.)
     """
     mu, logvar = mu.float(), logvar.float()
     return -0.5 * (math.log(2 * math.pi) + logvar + (x - mu) ** 2 * torch.exp(-logvar)).sum(-1)
@@ -1762,11 +1762,12 @@ def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, d
         else:
             return None, None
         begun = results or saved["settings"]
-        for key in settings.keys() - {"dataset"}:  # a file may have moved; its checksum tells
-            if begun.get(key) != settings[key]:
+        for key, value in settings.items():
+            # The file of the data may have moved: its checksum tells.
+            if key != "dataset" and begun.get(key) != value:
                 raise BadInput(
-                    f"{folder} holds a run with {key} {begun.get(key)}, not {settings[key]}; give "
-                    f"another --out-dir or --overwrite"
+                    f"{folder} holds a run with {key} {begun.get(key)}, not {value}; give another "
+                    f"--out-dir or --overwrite"
                 )
     if saved and not args.resume:
         raise BadInput(f"{folder} holds an unfinished run; go on with --resume or --overwrite")
