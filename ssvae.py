@@ -32,7 +32,7 @@ latent variables, so we raise a lower bound on it that we can compute (derived a
 NOTATION (the paper's, whose N is at times N + M)
     x           an image as a vector of D pixels, [B, D] in a minibatch of B; a binary one is drawn
                 from a grey one (a pixel is the probability of being on), afresh at every visit;
-                colour images: D coordinates in place of pixels (section 7)
+                Gaussian data: D coordinates in place of pixels (section 7)
     y           its class, an integer in 0..K-1, [B]
     z, z1, z2   continuous latent variables, [B, Z]
     p_theta     the generative model: p(y) p(z) p(x|y,z), the last the "decoder"
@@ -100,7 +100,7 @@ SETTINGS = {
     "batch_norm": (("all", "q_y", "all"), ("none", "none", "none"), ("all", "none", "q_y"),
                    "networks with batch normalisation; q_y: the classifier alone"),
     "init_std": ((0.0, 0.0, 0.0), (0.0, 0.001, 0.001), (0.0,),
-                 "standard deviation of the initial weights; 0: PyTorch's, 0.5 for y's (see M2)"),
+                 "standard deviation of the initial weights; 0: PyTorch's, 0.5 in M2's y tables"),
     "weight_prior": ((0.0, 0.0, 0.0), (0.0, 1.0, 1.0), (0.0,),
                      "1: N(0, I) is the prior of the weights; 0: none (see train)"),
     "dropout": ((None, 0.5, 0.2), (None, 0.0, 0.0), (0.0, 0.99), "in the classifier"),
@@ -143,7 +143,7 @@ DATASETS = {
     },
     # SVHN's classes are not equally frequent (1: 19 %, 9: 6 %), yet the models keep p(y) = 1/K: a
     # prior may be wrong and the bounds still hold. It shifts the log-odds of two classes in r(y)
-    # (see M2) by at most log(19 / 6) = 1.1 nats. The balance would enforce 1/K; so it is left out.
+    # (see M2) by at most about log 3 = 1.1 nats. The balance would enforce 1/K; so it is left out.
     "svhn": {
         "likelihood": "gaussian",
         "labels": 1000,
@@ -168,8 +168,8 @@ DATASETS = {
 class BatchNorm(nn.BatchNorm1d):
     """Batch normalisation over [B, D]; a minibatch of one is normalised by running statistics.
 
-    In training, a network with it depends on its whole minibatch, so the loss is no exact bound of
-    one model; evaluation uses the running statistics, and there it is.
+    In training, a decoder with it depends on its whole minibatch, so the loss is no exact bound of
+    one model (q may depend on anything); evaluation uses the running statistics: there it is.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -411,13 +411,15 @@ class M1(nn.Module):
 # log p(x,y), so that L(x,y) = -log r(y) - log sum_y' exp(-L(x,y')). Put that into U:
 #     U(x) = KL( q(y|x) || r(y) ) - log sum_y' exp( -L(x,y') ),
 # least at q = r: the classifier learns to agree with the generative model. H makes the answer a
-# softmax: without H the best q is certain of the smallest L, however small the difference.
+# softmax: without H (a looser bound, as H >= 0) the best q is certain of the smallest L, however
+# small the difference.
 #
 # THE WHOLE SET of N labelled and M unlabelled images:
 #     J = sum_labelled L(x,y) + sum_unlabelled U(x)                                          (eq. 8)
-# L(x,y) does not contain q(y|x): the classifier we want would learn of labels only through U. So it
-# is given them as well, by a loss that is no part of the bound:
+# L(x,y) does not contain q(y|x): of labels, the classifier we want would hear only from the
+# generative model, by U. So it is given them as well, by a loss that the bound does not need:
 #     J^alpha = J + alpha * E_labelled[ -log q(y|x) ]                                        (eq. 9)
+# It is >= 0, so -J^alpha <= -J is a lower bound as well, if a looser one.
 #
 # WHAT ALPHA IS. The paper sets alpha = 0.1 * N without saying which N, and E_labelled is a mean
 # over labelled points. The authors' code multiplies each labelled point's -log q(y|x), in the sum
@@ -501,6 +503,21 @@ class M2(nn.Module):
         log_p_y = -math.log(self.y_dim)  # log p(y), uniform: a constant
         return -(log_p_x + log_p_y - kl_gaussian(mu, logvar))
 
+    def pairs(self, B: int, device, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """i and y, [P]: all B * K pairs of an image and a label, or those kept, where keep [B, K].
+
+        The kept are repeated from the start up to a multiple of B/10, since CPU libraries prepare
+        anew for every shape they meet; once, [P], is False for a repeated pair (which has weight 0
+        in U; only batch normalisation sees it).
+        """
+        if keep is None:
+            p = torch.arange(B * self.y_dim, device=device)
+            return p // self.y_dim, p % self.y_dim, torch.ones_like(p, dtype=torch.bool)
+        n, unit = int(keep.sum()), math.ceil(B / 10)
+        p = torch.arange(math.ceil(n / unit) * unit, device=device)
+        i, y = keep.nonzero()[p % n].unbind(1)
+        return i, y, p < n
+
     def U(self, x: Tensor, log_q: Tensor | None = None, threshold: float | None = None) -> Tensor:
         """Eq. 7, [B], nats per image. log_q = log q(y|x), [B, K]; threshold as in the settings."""
         B, K = len(x), self.y_dim
@@ -508,17 +525,9 @@ class M2(nn.Module):
         threshold = self.threshold if threshold is None else threshold
         keep = log_q.exp() >= threshold  # [B, K]; the largest is >= 1/K and stays
         log_q = log_q - (log_q.exp() * keep).sum(-1, keepdim=True).log()  # log q~(y|x)
-        # List the kept pairs: number p is (x[i[p]], y[p]). At threshold 0 these are all B * K.
-        # Otherwise they are counted, and the list is repeated from its start up to a multiple of
-        # B/10: CPU libraries prepare anew for every shape they meet, so let them meet few. (The
-        # repeated pairs have weight 0 in the sum, but batch normalisation does see them.)
-        n = B * K if threshold == 0 else int(keep.sum())
-        unit = 1 if threshold == 0 else math.ceil(B / 10)
-        P = math.ceil(n / unit) * unit
-        p = torch.arange(P, device=x.device)
-        i, y = (p // K, p % K) if threshold == 0 else keep.nonzero()[p % n].unbind(1)
+        i, y, once = self.pairs(B, x.device, keep if threshold else None)
         log_q = log_q.flatten().index_select(0, i * K + y)  # [P]
-        q = log_q.exp() * (p < n)
+        q = log_q.exp() * once
         terms = q * (self.L(x, y, i) + log_q)  # q~(y|x) [ L(x,y) + log q~(y|x) ]
         return torch.zeros(B, device=x.device).index_add(0, i, terms)  # sum over y
 
@@ -538,9 +547,9 @@ class M2(nn.Module):
         share_l = N / (N + M). The N labelled images are few, so a minibatch may take more than
         their share of them. The means of L and U are weighed by the shares of the whole set, not of
         the minibatch: this estimates J^alpha / (N + M), if weight_u = 1, balance = 0 and the
-        threshold is 0. alpha is the weight per image; weight_u multiplies U; balance multiplies
-        KL( p(y) || mean of q(y|x) over x_u ). log_q = log q(y|x) of x_l, then x_u,
-        [n_l + n_u, K], where it is not this model's own function of x (the stack).
+        threshold is 0. alpha is the weight per image; weight_u multiplies U; balance (less if x_u
+        are few) multiplies KL( p(y) || mean of q(y|x) over x_u ). log_q = log q(y|x) of x_l, then
+        x_u, [n_l + n_u, K], where it is not this model's own function of x (the stack).
         """
         if log_q is None:
             log_q = self.log_q_y(torch.cat([x_l, x_u]))  # in one batch, to normalise both alike
@@ -550,7 +559,7 @@ class M2(nn.Module):
             loss = loss + (1 - share_l) * weight_u * self.U(x_u, log_q_u).mean()
             # With p(y) = 1/K: KL = sum_y 1/K [ log 1/K - log mean q(y|x) ]. A minibatch of B images
             # has class counts of its own: even a right q(y|x) pays (K - 1) / (2 B) on average, to
-            # second order in the counts. The factor keeps that below 0.01 nats.
+            # second order in the counts. The factor keeps that below 0.01 nats times balance.
             B, K = len(x_u), self.y_dim
             log_mean_q = torch.logsumexp(log_q_u, 0) - math.log(B)
             kl = -math.log(K) - log_mean_q.mean()
@@ -574,10 +583,10 @@ class M2(nn.Module):
         when a class empties. Over all images it is 0 for a right q(y|x), if the classes are as
         frequent as p(y) says. It is not faded in: classes are swallowed early.
         (5) On MNIST's pixels z has few dimensions: what z can say about the class, y need not say.
-        (Validation error after 40 epochs, seed 0: 6.6, 4.1, 6.0 % for 5, 10, 50 of them.) Nor is
-        its KL faded in, as M1's is: all 10 dimensions then stay active, not 7 to 10 as chance has
-        it, and the bound is better, but while z is cheap it tells the class itself (after 13 of 30
-        epochs, the KL faded in until the 6th: 11.1 % instead of 6.9).
+        (Validation error after 40 epochs, seed 0: 6.6, 4.1, 6.0 % for 5, 10, 50 of them.) For the
+        same reason z's KL is not faded in, as M1's is. If it were, all 10 dimensions would stay
+        active, not 7 to 10 as chance has it, and the bound be better; but z, while cheap, would
+        tell the class itself (11.1 % instead of 6.9 after 13 of 30 epochs).
         """
         weight_u = fade_in(t, s["ramp"])
         return self.J_alpha(x_l, y_l, x_u, share_l, s["alpha"], weight_u, s["balance"], log_q)
@@ -596,8 +605,7 @@ class M2(nn.Module):
         Each term's mean over z_y is p(x,y), so the mean of the sum is p(x). See log_likelihood.
         """
         B, K = len(x), self.y_dim
-        i = torch.arange(B, device=x.device).repeat_interleave(K)  # all pairs (x[i], y)
-        y = torch.arange(K, device=x.device).repeat(B)
+        i, y, _ = self.pairs(B, x.device)
         mu, logvar = self.encode(x, y, i)
         z = sample_gaussian(mu, logvar)
         log_w = self.log_density(x[i], *self.decode(y, z)) - math.log(K)
@@ -643,7 +651,7 @@ class M2(nn.Module):
 # q(z1|g) are computed once. (Holding is one thing, being tight another: M1 was trained on x, so the
 # bound is evaluated with q(z1|x).) Nor need q(y|.) see the draw z1: in the fast recipe it sees the
 # mean of q(z1|g), without noise, as when it classifies. (The price is a looser bound, since y may
-# not depend on the draw.) The authors' classifier sees the draw.
+# not depend on the draw.) The authors' sees the draw (here in training only).
 # What two stages give up: the bound is still a bound, but no longer maximised over all parameters
 # together; q(z1|x) was fitted to another prior and does not learn of the classes.
 
@@ -774,11 +782,11 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=10, a=0.3, steps=100, spread=0.3)
 
     It is not minimised exactly. Again and again every unlabelled point that a label has reached
     minimises its own terms, its neighbours' last scores held fixed (svm_step; y is the argmax of m,
-    which is also f's). Two things guard against poor answers.
+    since what is left at that f is a / (1 + a) hinge(m, y)). Two things guard against poor answers.
     First, for a part `spread` of the steps, the labels spread without the last term, from f = -1
     (of no class): a guess costs much if it is made too soon. Second, from then on every class is
-    held to its share, taken to be 1/K as p(y) has it (wrong for SVHN, whose digits are not equally
-    frequent): (m + 1) / 2, about 1 within the class and 0 elsewhere, is scaled to that mean.
+    scaled to its share, taken to be 1/K as p(y) has it (not SVHN's): (m + 1) / 2, about 1 within
+    the class and 0 elsewhere, gets that mean.
     """
     N, t_l = len(y_l), 2.0 * F.one_hot(y_l, y_dim) - 1
     neighbours = nearest(z, z, k + 1)[:, 1:]  # the nearest is the point itself, or its double
@@ -1229,10 +1237,9 @@ def log_likelihood(model: nn.Module, images: Tensor, likelihood: str, draws: int
 
     model.log_weight draws log w with E[w] = p(x). So the mean of w over S draws estimates p(x)
     without bias, and its log, log p(x): by Jensen too low on average, but less so the larger S is.
-    (With one draw, M1's is the bound itself; M2's and the stack's, whose sum over y is exact, lie
-    above theirs.)
-    Its distance above the bound estimates, from below, the bound's gap: the mean KL between q and
-    the true posterior.
+    (With one draw, M1's is on average the bound; M2's and the stack's, which lose no KL over y, lie
+    above theirs.) Its distance above the bound estimates, from below, the bound's gap: the mean KL
+    between q and the true posterior.
     """
     torch.manual_seed(0)
     estimates = []
@@ -1268,8 +1275,9 @@ def active_dimensions(m1: M1, images: Tensor) -> Tensor:
 #   the entropy with the wrong sign (L - log q in U). It rewards certainty, and q(y|x) is soon
 #     nearly certain anyway: only tests against eq. 7 find it                               9.0 %
 # M1 and the TSVM on it, --model m1 --epochs 10: bound -97.6 nats, 31 active dimensions, 3.1 %.
-#   grey pixels for x in training, not binary draws: no harm to the features, but the loss is no
-#     longer minus a bound on any log p(x); on binary images the bound is -97.8             2.9 %
+#   grey pixels for x in training, not binary draws: no harm to the features. (Since log p(x|z) is
+#     linear in x, the loss is minus a bound still, on the mean log p(x) of the draws, with a q(z|.)
+#     that does not see which was drawn: a looser one.) On binary images the bound is -97.8  2.9 %
 #   towards posterior collapse: no ramp, no batch normalisation, softplus (--ramp 0 --batch-norm
 #     none --activation softplus): bound -126.0, 24 active dimensions                      16.8 %
 
