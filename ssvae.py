@@ -151,11 +151,8 @@ DATASETS = {
         "m1+m2": {"balance": 0.0},
     },
     "norb": {"likelihood": "gaussian", "labels": 1000, "m2": {"z_dim": 50}},
-    "glyphs": {
-        "likelihood": "bernoulli",
-        "labels": 100,
-        "m1": {"epochs": 15},  # 1-NN error as after 30, in half the time
-    },
+    # M1's 1-NN error is as after 30 epochs, in half the time.
+    "glyphs": {"likelihood": "bernoulli", "labels": 100, "m1": {"epochs": 15}},
     "grey npz": {"likelihood": "bernoulli", "labels": 100},
     "colour npz": {"likelihood": "gaussian", "labels": 100},
 }
@@ -532,18 +529,11 @@ class M2(nn.Module):
         return torch.zeros(B, device=x.device).index_add(0, i, terms)  # sum over y
 
     def J_alpha(
-        self,
-        x_l: Tensor,
-        y_l: Tensor,
-        x_u: Tensor,
-        share_l: float,
-        alpha: float,
-        weight_u: float = 1.0,
-        balance: float = 0.0,
-        log_q: Tensor | None = None,
+        self, x_l, y_l, x_u, share_l: float, alpha: float, weight_u=1.0, balance=0.0, log_q=None
     ) -> Tensor:
         """Eq. 8 and 9 per image of the whole set, estimated from a minibatch: a scalar, nats.
 
+        x_l [n_l, D] have the labels y_l [n_l]; x_u [n_u, D] have none (any n_u, also 0).
         share_l = N / (N + M). The N labelled images are few, so a minibatch may take more than
         their share of them. The means of L and U are weighed by the shares of the whole set, not of
         the minibatch: this estimates J^alpha / (N + M), if weight_u = 1, balance = 0 and the
@@ -853,9 +843,9 @@ def pixels(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def in_chunks(f, images: Tensor) -> Tensor:
-    """f(x) for all images [n, D], 1000 at a time."""
-    return torch.cat([f(pixels(chunk)) for chunk in images.split(1000)])
+def in_chunks(f, images: Tensor, size=1000) -> Tensor:
+    """f(x) for all images [n, D], size at a time."""
+    return torch.cat([f(pixels(chunk)) for chunk in images.split(size)])
 
 
 def observe(images: Tensor, likelihood: str) -> Tensor:
@@ -986,14 +976,12 @@ def load_npz(path: Path) -> list[np.ndarray]:
     Raises BadInput if it is not such a file.
     """
     names = ["x_train", "y_train", "x_test", "y_test"]
-    hint = f"it must be an npz file with the arrays {', '.join(names)}, without pickled objects"
+    hint = f"it must be an npz file of {', '.join(names)}, the images [n, H, W] or [n, H, W, C]"
     with or_bad_input(f"cannot read {path}: {hint}"), np.load(path, allow_pickle=False) as file:
         arrays = [file[name] for name in names]
-    for i in (0, 2):
-        x = arrays[i]
-        if x.ndim not in (3, 4):
-            raise BadInput(f"{path}: {names[i]} has shape {x.shape}, not [n, H, W] or [n, H, W, C]")
-        arrays[i] = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)
+        for i in (0, 2):
+            x = arrays[i]
+            arrays[i] = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)
     return arrays
 
 
@@ -1001,7 +989,7 @@ def check(source: str | Path, arrays: list[np.ndarray]) -> None:
     """Raises BadInput unless these are images [n, C, H, W] and their labels 0..K-1."""
     x_train, y_train, x_test, y_test = arrays
     for x, y, part in ((x_train, y_train, "train"), (x_test, y_test, "test")):
-        if x.ndim != 4 or 0 in x.shape or x.shape[1:] != x_train.shape[1:]:
+        if 0 in x.shape or x.shape[1:] != x_train.shape[1:]:
             raise BadInput(f"{source}: the images x_{part} have an unusable shape, {x.shape}")
         if x.dtype != np.uint8 and x.dtype.kind != "f":
             raise BadInput(f"{source}: x_{part} has type {x.dtype}, not uint8 or float")
@@ -1066,16 +1054,15 @@ def unproject(x: Tensor, pca: dict | None) -> Tensor:
 
 
 def load_data(
-    dataset: str, data_dir: Path, n_labels: int | None, seed: int, device, pca: dict | None = None
+    dataset: str, data_dir: Path, n_labels: int | None, seed: int, device, saved: dict | None = None
 ) -> Data:
     """Read a data set, split it by the seed and put it on the device.
 
-    n_labels None: the data set's default. pca: that of a saved model, else computed from the
-    training images where the likelihood is Gaussian. Raises BadInput.
+    n_labels None: the data set's default. saved: a model.pt, which must be of the same data; its
+    principal components are used, not computed, where the likelihood is Gaussian. Raises BadInput.
     """
-    name = str(Path(dataset).resolve()) if dataset.endswith(".npz") else dataset
-    if dataset in ("auto", *FILES):
-        name = "mnist" if dataset == "auto" else dataset
+    name = "mnist" if dataset == "auto" else dataset
+    if name in FILES:
         try:
             arrays = load_known(name, data_dir)
         except BadInput as error:
@@ -1088,11 +1075,14 @@ def load_data(
         n = len(x) * 6 // 7  # 60,000 for training, 10,000 for the test
         arrays = [x[:n, None], y[:n], x[n:, None], y[n:]]
     elif name not in FILES:
-        arrays = load_npz(Path(dataset))
+        name, arrays = str(Path(dataset).resolve()), load_npz(Path(dataset))
     check(dataset, arrays)
     checksum = 0
     for array in arrays:
         checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
+    if saved and saved["settings"]["checksum"] != checksum:
+        other = saved["settings"]["dataset"]
+        raise BadInput(f"{name} is not the data that the saved model was trained on ({other})")
 
     shape = arrays[0].shape[1:]
     row = DATASETS.get(name) or DATASETS["grey npz" if shape[0] == 1 else "colour npz"]
@@ -1102,10 +1092,9 @@ def load_data(
     )
     y_train, y_test = (torch.from_numpy(y.astype(np.int64)) for y in arrays[1::2])
     l, u, v = split(y_train, n_labels or row["labels"], seed)
+    pca = saved["pca"] if saved else None
     if row["likelihood"] == "gaussian":
         pca = pca or principal_components(x_train[torch.cat([u, l])])
-        if len(pca["mean"]) != x_train.shape[1]:
-            raise BadInput(f"the saved model was trained on images of another size than {name}")
         x_train, x_test = project(x_train, pca), project(x_test, pca)
     tensors = [x_train[l], y_train[l], x_train[u], x_train[v], y_train[v], x_test, y_test]
     y_dim = int(y_train.max()) + 1
@@ -1152,16 +1141,12 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> N
     # them if the labelled ones need more steps; every minibatch has n_l labelled images drawn
     # afresh, all of them if n_l = N. (M1's data have N = 0: all its images are unlabelled.)
     steps = max(M // n_u if M else 0, math.ceil(N / n_l) if N else 0)
-    rounds = math.ceil(steps * n_u / M) if M else 0
+    rounds = math.ceil(steps * n_u / M) if M else 1
     # The paper gives M2's weights w a prior N(0, I). Its -log p(w) / (N + M), the share of one
     # image, is |w|^2 / (2 (N + M)) plus a constant; the gradient, w / (N + M), is what Adam adds as
     # weight decay (here of all that is trained, biases too; the logged loss lacks this term).
-    optimizer = torch.optim.Adam(
-        model.parameters(),
-        lr=s["lr"],
-        weight_decay=s["weight_prior"] / (N + M),
-        fused=device.type in ("cpu", "cuda"),
-    )
+    decay, fused = s["weight_prior"] / (N + M), device.type in ("cpu", "cuda")
+    optimizer = torch.optim.Adam(model.parameters(), s["lr"], weight_decay=decay, fused=fused)
     bf16 = run.settings["precision"] == "bfloat16"
     first = run.begin(model, optimizer, s["epochs"])
     x_l, x_u, draw = data.x_l, data.x_u, lambda x: observe(x, data.likelihood)
@@ -1172,8 +1157,7 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> N
         # Every epoch has its own random numbers, so a resumed run needs no record of their state.
         torch.manual_seed((run.settings["seed"] * 1_000_003 + epoch) % 2**63)
         model.train()
-        order = [torch.randperm(M, device=device) for _ in range(rounds)]
-        order = torch.cat(order) if rounds else torch.zeros(0, dtype=torch.long, device=device)
+        order = torch.cat([torch.randperm(M, device=device) for _ in range(rounds)])
         losses = torch.zeros(steps, device=device)
         start = time.perf_counter()
         for step in range(steps):
@@ -1223,15 +1207,12 @@ def error_rate(classify, images: Tensor, y: Tensor) -> float:
     return 100 * (in_chunks(classify, images).argmax(1) != y).float().mean().item()
 
 
-@torch.no_grad()
 def mean_bound(model: nn.Module, images: Tensor, likelihood: str) -> float:
     """Mean of model.bound, nats per image. Draws x and z from a fixed seed, so calls compare."""
     torch.manual_seed(0)
-    bounds = [model.bound(observe(chunk, likelihood)) for chunk in images.split(1000)]
-    return torch.cat(bounds).mean().item()
+    return in_chunks(lambda x: model.bound(observe(x, likelihood)), images).mean().item()
 
 
-@torch.no_grad()
 def log_likelihood(model: nn.Module, images: Tensor, likelihood: str, draws: int) -> float:
     """Mean estimate of log p(x) itself, nats per image, by importance sampling.
 
@@ -1241,13 +1222,14 @@ def log_likelihood(model: nn.Module, images: Tensor, likelihood: str, draws: int
     above theirs.) Its distance above the bound estimates, from below, the bound's gap: the mean KL
     between q and the true posterior.
     """
-    torch.manual_seed(0)
-    estimates = []
-    for chunk in images.split(100):
-        x = observe(chunk, likelihood)
+
+    def estimate(x: Tensor) -> Tensor:
+        x = observe(x, likelihood)
         log_w = torch.stack([model.log_weight(x) for _ in range(draws)])
-        estimates.append(log_w.logsumexp(0) - math.log(draws))
-    return torch.cat(estimates).mean().item()
+        return log_w.logsumexp(0) - math.log(draws)
+
+    torch.manual_seed(0)
+    return in_chunks(estimate, images, size=100).mean().item()
 
 
 def features(m1: M1, images: Tensor) -> Tensor:
@@ -1451,20 +1433,15 @@ SAVED = {
 
 def load_saved(path: Path, device, finished=True) -> dict:
     """Read a model.pt, running no code from it. Raises BadInput."""
-    unreadable = f"cannot read {path}: is it a file written by ssvae.py?"
+    unreadable = f"cannot read {path}: is it a file written by this version of ssvae.py?"
     with or_bad_input(unreadable), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         saved = torch.load(path, map_location=device, weights_only=True)
-
-    def fits(part, kinds):
-        return isinstance(part, dict) and all(
-            key in part and isinstance(part[key], kind) for key, kind in kinds.items()
-        )
-
-    in_settings = {"model": str, "dataset": str, "labels": int, "seed": int, "checksum": int}
-    known = fits(saved, SAVED) and fits(saved["settings"], in_settings)
-    if not known or saved["settings"]["model"] not in MODELS or saved["settings"]["seed"] >> 63:
-        raise BadInput(f"{path} was not written by this version of ssvae.py")
+        s, kinds = saved["settings"], {"dataset": str, "checksum": int, "labels": int, "seed": int}
+        fits = [isinstance(saved[name], kind) for name, kind in SAVED.items()]
+        fits += [isinstance(s[name], kind) for name, kind in kinds.items()]
+        if not all(fits) or s["model"] not in MODELS or s["seed"] >> 63:
+            raise ValueError("something in it is of another kind")
     if finished and saved["optimizer"] is not None:
         raise BadInput(f"{path} is of an unfinished run; go on with it by --resume first")
     return saved
@@ -1542,17 +1519,13 @@ class Parser(argparse.ArgumentParser):
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line; settings that are not in it are None. Raises BadInput."""
-    count = number(1)
-    parser = Parser(
-        prog="ssvae.py",
-        description="Semi-supervised learning with deep generative models: M1, M2 and M1+M2.",
-        allow_abbrev=False,
-    )
-    add, data_dir = parser.add_argument, os.environ.get("SSVAE_DATA_DIR") or "data"
+    count, data_dir = number(1), os.environ.get("SSVAE_DATA_DIR") or "data"
+    parser = Parser(prog="ssvae.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    add, go_on_or_not = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     # fmt: off
     add("--model", choices=MODELS, help="default: m2")
-    add("--dataset", help="mnist, fashion, svhn, norb, glyphs (built in), a file PATH.npz with "
-        "x_train, y_train, x_test, y_test, or auto (default): mnist, else glyphs")
+    add("--dataset", default="auto", help="mnist, fashion, svhn, norb, glyphs (built in), PATH.npz "
+        "(x_train, y_train, x_test, y_test) or auto (default): mnist, else glyphs")
     add("--labels", type=count, nargs="+", metavar="N",
         help="number of labelled images (100; svhn, norb 1000); several with --reproduce")
     add("--seed", type=number(0, 2**63 - 1), help="draws splits, weights and noise (0)")
@@ -1564,8 +1537,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="of matrix products in training; auto (default): bfloat16 where it is faster")
     add("--data-dir", type=Path, default=Path(data_dir), help="default: $SSVAE_DATA_DIR or data")
     add("--out-dir", type=Path, help="default: runs/<model>-<dataset>-<N>-<seed>")
-    add("--resume", action="store_true", help="go on with the run if it was interrupted")
-    add("--overwrite", action="store_true", help="train afresh where a run is already")
+    go_on_or_not("--resume", action="store_true", help="go on with the run if it was interrupted")
+    go_on_or_not("--overwrite", action="store_true", help="train afresh where a run is already")
     add("--no-images", action="store_true", help="draw no pictures")
     add("--load", type=Path, metavar="FILE", help="a model.pt to evaluate and draw, not to train")
     add("--nll", type=count, metavar="S", help="with --load: log p(x) of 1000 test images, "
@@ -1574,9 +1547,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--labels (100 600 1000 3000) and --seeds; given again, it goes on")
     add("--seeds", type=count, help="number of seeds of --reproduce, 0, 1, ... (5)")
     # fmt: on
-    group = parser.add_argument_group(
-        "settings, with fast's for m1, m2 and m1+m2 (its M2 stage) on MNIST"
-    )
+    group = parser.add_argument_group("settings, with fast's for m1, m2, m1+m2 (M2 stage), MNIST")
     for name, (fast, _, allowed, meaning) in SETTINGS.items():
         words = isinstance(allowed[0], str)
         group.add_argument(
@@ -1589,55 +1560,49 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         )
     args = parser.parse_args(argv)
 
-    # Options that would have no meaning are refused: (when, why, which).
-    train, model = not (args.load or args.reproduce), args.model or "m2"
-    for when, why, names in (
-        (args.load, "--load trains nothing", [*SETTINGS, "m1_epochs", "resume", "overwrite"]),
-        (args.load, "--load evaluates one model", ["reproduce", "seeds", "m1"]),
-        (args.load, "--load knows how it was trained",
-         ["model", "labels", "seed", "recipe", "precision"]),
-        (not args.load, "--nll is for a saved model, with --load", ["nll"]),
-        (args.reproduce, "--reproduce goes on by itself", ["resume", "overwrite"]),
-        (args.reproduce, "--reproduce has its own seeds and M1s", ["seed", "m1"]),
-        (args.reproduce and not args.model, "without --model, --reproduce runs the defaults",
-         [name for name in SETTINGS if name != "epochs"]),
-        (train, "--seeds is for --reproduce; --seed is one run's", ["seeds"]),
-        ((train or args.model) and model == "m2", "m2 has no M1", ["m1", "m1_epochs"]),
-        ((train or args.model) and model == "m1", "m1 has no M1 stage", ["m1_epochs"]),
-        (train or args.model, f"{model} has no such setting",
-         [name for name in SETTINGS if name not in settings_of(model)]),
-        (args.m1, "--m1 gives a trained M1", ["m1_epochs"]),
-        (args.m1 and model == "m1", "--m1 gives a trained M1",
-         ["recipe", *(name for name in SETTINGS if name != "classifier")]),
-        (args.resume, "--resume goes on with a run, --overwrite trains afresh", ["overwrite"]),
-    ):  # fmt: skip
-        for name in names:
-            if when and getattr(args, name) is not None and getattr(args, name) is not False:
-                raise BadInput(f"{why}; drop --{name.replace('_', '-')}")
+    known = ("auto", *FILES, "glyphs")
+    if args.dataset not in known and not args.dataset.endswith(".npz"):
+        raise BadInput(f"--dataset {args.dataset}: choose {', '.join(known)} or a file PATH.npz")
     if args.labels and len(args.labels) > 1 and not args.reproduce:
         raise BadInput("several --labels are for --reproduce; give one")
-    known = ("auto", *FILES, "glyphs")
-    if not args.load and args.dataset is None:
-        args.dataset = "auto"
-    if args.dataset and args.dataset not in known and not args.dataset.endswith(".npz"):
-        raise BadInput(f"--dataset {args.dataset}: choose {', '.join(known)} or a file PATH.npz")
-    args.recipe, args.precision = args.recipe or "fast", args.precision or "auto"
-    if args.reproduce:
-        args.labels, args.seeds = args.labels or [100, 600, 1000, 3000], args.seeds or 5
+
+    # Which options have a meaning depends on what is to be done. Others are refused.
+    model = args.model or "m2"
+    mode, meant = f"--model {model}", {"labels", "recipe", "precision", *settings_of(model)}
+    if model == "m1+m2":
+        meant |= {"m1_epochs"}
+    if args.load:
+        mode, meant = "--load", {"load", "nll"}
+    elif args.reproduce and args.model:
+        mode, meant = f"--reproduce {mode}", meant | {"reproduce", "seeds", "model"}
+    elif args.reproduce:  # of all three models
+        mode = "--reproduce without --model"
+        meant = {"labels", "recipe", "precision", "epochs", "m1_epochs", "reproduce", "seeds"}
     else:
-        args.labels = args.labels and args.labels[0]
-    if train:
-        args.model, args.seed = model, args.seed or 0
+        meant |= {"model", "seed", "resume", "overwrite"}
+        if args.m1 and model != "m2":  # that M1 has its own settings
+            mode += " --m1 FILE"
+            no_more = {"m1_epochs"} if model == "m1+m2" else {"recipe", *SETTINGS} - {"classifier"}
+            meant = meant - no_more | {"m1"}
+    meant |= {"dataset", "device", "data_dir", "out_dir", "no_images"}
+    for name, value in vars(args).items():
+        if name not in meant and value != parser.get_default(name):
+            raise BadInput(f"--{name.replace('_', '-')} has no meaning with {mode}; drop it")
+
+    args.recipe, args.precision = args.recipe or "fast", args.precision or "auto"
+    args.seed, args.seeds = args.seed or 0, args.seeds or 5
+    if args.reproduce:
+        args.labels = args.labels or [100, 600, 1000, 3000]
+    else:
+        args.model, args.labels = model, args.labels and args.labels[0]
     return args
 
 
 def pick_device(name: str) -> torch.device:
     """The torch.device of that name, tried out. Raises BadInput."""
     with or_bad_input(f"--device {name} cannot be used here; try cpu"):
-        if name == "auto":
-            found = torch.accelerator.current_accelerator(check_available=True)
-            name = found.type if found else "cpu"
-        device = torch.device(name)
+        found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        device = torch.device(found if name == "auto" else name)
         torch.zeros(1, device=device).cpu()
         return device
 
@@ -1726,13 +1691,8 @@ def evaluate_saved(args: argparse.Namespace) -> None:
     start, device = time.perf_counter(), pick_device(args.device)
     saved = load_saved(args.load, device)
     s = saved["settings"]
-    dataset = args.dataset or s["dataset"]
-    other = BadInput(f"{args.load} was trained on other data, {s['dataset']}, than {dataset}")
-    if dataset != s["dataset"] and not dataset.endswith(".npz"):
-        raise other
-    data = load_data(dataset, args.data_dir, s["labels"], s["seed"], device, saved["pca"])
-    if data.checksum != s["checksum"]:
-        raise other
+    dataset = s["dataset"] if args.dataset == "auto" else args.dataset
+    data = load_data(dataset, args.data_dir, s["labels"], s["seed"], device, saved)
     model, classify = rebuild(args.load, saved, data)
     results = s | evaluate(model, classify, data)
     print(summary(results | {"seconds": time.perf_counter() - start}), flush=True)
@@ -1776,10 +1736,8 @@ def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, d
         for key, value in settings.items():
             # The file of the data may have moved: its checksum tells.
             if key != "dataset" and begun.get(key) != value:
-                raise BadInput(
-                    f"{folder} holds a run with {key} {begun.get(key)}, not {value}; give another "
-                    f"--out-dir or --overwrite"
-                )
+                other = f"{folder} holds a run with {key} {begun.get(key)}, not {value}"
+                raise BadInput(f"{other}; give another --out-dir or --overwrite")
     if saved and not args.resume:
         raise BadInput(f"{folder} holds an unfinished run; go on with --resume or --overwrite")
     return results, saved
@@ -1798,8 +1756,6 @@ def choose_settings(args, data: Data, device, saved_m1: dict | None) -> dict:
     m1["epochs"] = args.m1_epochs or m1["epochs"]
     if saved_m1:  # one of another seed has seen, unlabelled, images that are validation images here
         m1 = saved_m1["settings"]
-        if m1["checksum"] != data.checksum:
-            raise BadInput(f"--m1 {args.m1} was trained on other data, {m1['dataset']}")
         for key, value in {"model": "m1", "seed": args.seed}.items():
             if m1[key] != value:
                 raise BadInput(f"--m1 {args.m1} has {key} {m1[key]}, not {value}")
@@ -1829,8 +1785,7 @@ def train_and_evaluate(args: argparse.Namespace) -> None:
     """What main() does without --load or --reproduce."""
     device = pick_device(args.device)
     saved_m1 = load_saved(args.m1, device) if args.m1 else None
-    pca = saved_m1["pca"] if saved_m1 else None
-    data = load_data(args.dataset, args.data_dir, args.labels, args.seed, device, pca)
+    data = load_data(args.dataset, args.data_dir, args.labels, args.seed, device, saved_m1)
     s = choose_settings(args, data, device, saved_m1)
     m1 = rebuild(args.m1, saved_m1, data)[0] if saved_m1 else None
 
@@ -1909,15 +1864,19 @@ def reproduce(args: argparse.Namespace) -> None:
     cells = [(s, N, model) for s in range(args.seeds) for N in args.labels for model in models]
     results, none = {}, dict.fromkeys(SETTINGS)
     for done, (seed, N, model) in enumerate(cells, 1):
-        out, shared = folder / f"{model}-{N}-{seed}", folder / f"shared-m1-{seed}"
+        out, m1 = folder / f"{model}-{N}-{seed}", folder / f"shared-m1-{seed}" / "model.pt"
         if model == "m2":
             go(out, model, N, seed)
         else:
-            if not (shared / "results.json").exists():
+            if N == args.labels[0]:  # train it or, if that is done, see that it is what is asked
+                begun = m1.exists() and load_saved(m1, "cpu", False)
+                n_labels = (
+                    begun["settings"]["labels"] if begun else N
+                )  # it uses none, so any will do
                 own = {} if args.model == "m1" else none | {"epochs": args.m1_epochs}
-                go(shared, "m1", args.labels[0], seed, **own)
+                go(m1.parent, "m1", n_labels, seed, **own)
             own = none | {"classifier": args.classifier} if model == "m1" else {}
-            go(out, model, N, seed, m1=shared / "model.pt", **own)
+            go(out, model, N, seed, m1=m1, **own)
         results[model, N, seed] = json.loads((out / "results.json").read_text())
         spent = {m: [r["seconds"] for r in results.values() if r["model"] == m] for m in models}
         table = write_table(folder, models, args.labels, results)

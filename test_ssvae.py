@@ -657,7 +657,7 @@ def test_continuous_images_train(tmp_path, monkeypatch, dataset, model):
     results = json.loads((out / "results.json").read_text())
     assert np.isfinite(results["bound"])
     again = ssvae.load_saved(out / "model.pt", "cpu")
-    data = ssvae.load_data(dataset, tmp_path, 20, 0, "cpu", again["pca"])
+    data = ssvae.load_data(dataset, tmp_path, 20, 0, "cpu", again)
     restored, _ = ssvae.rebuild(out / "model.pt", again, data)
     assert ssvae.mean_bound(restored, data.x_test, data.likelihood) == results["bound"]
     assert (out / "samples.png").stat().st_size > 1000
@@ -1317,6 +1317,9 @@ def test_reproduce_continues_and_makes_the_table(small, tmp_path, capsys, monkey
     run(*line, "--model", "m1", "--classifier", "knn", code=2)  # of the old N: another classifier
     run(*line)
     assert trained.count("M1") == 2 and len(trained) == 2 + 4 + 4 + 1 + 1 + 4
+    run(*line, "--model", "m1", "--z-dim", 7, code=2)  # the shared M1 is another
+    line[line.index("--m1-epochs") + 1] = 2
+    run(*line, code=2)
 
 
 @pytest.mark.parametrize(
