@@ -752,7 +752,7 @@ def svm_step(m: Tensor, t: Tensor, a: float) -> Tensor:
     return m + a / (1 + a) * t * F.relu(1 - t * m)
 
 
-def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=10, a=0.3, steps=100, spread=0.3) -> KNN:
+def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, a=0.3, steps=100, spread=0.3) -> KNN:
     """Transductive support vector machine on the graph of neighbours. z: [n, Z], the first N of
     them labelled y_l [N]. A new z then gets the mean score of its k neighbours. Settings by
     validation error.
