@@ -42,7 +42,8 @@ NOTATION (the paper's, whose N is at times N + M)
     J^alpha     J + alpha times the classification loss (eq. 9; in the code per image, see M2)
     N, M        the number of labelled and of unlabelled training images
 The three models' losses are in nats (natural logarithm). E_q[.] is an expectation over q,
-KL(q || p) = E_q[log q - log p] >= 0 the divergence, H(q) = -E_q[log q] the entropy.
+KL(q || p) = E_q[log q - log p] >= 0 the divergence, H(q) = -E_q[log q] the entropy, Cat(pi) the
+distribution over classes that gives class y probability pi_y.
 
 Read on from top to bottom: 1 settings, 2 building blocks, 3 M1, 4 M2, 5 M1+M2, 6 classifiers on
 M1's features, 7 data, 8 training, 9 evaluation, 10 pictures, 11 the command line.
@@ -74,9 +75,9 @@ from torch import Tensor, nn
 # =================================================================================================
 # "fast" (the default) was chosen on MNIST with N = 100, by the error on the 10,000 validation
 # images (whose labels are used for that, as in the paper: N labels alone would be a poor guide);
-# "paper" is what the paper and its authors' code publish (but the TSVM is ours, section 6). For the
-# stack, M1's stage takes the column m1, its M2 stage the column m1+m2. Every row is also an option:
-# --batch-size 200, say.
+# "paper" is what the paper and its authors' code publish (but "tsvm", a transductive SVM, is ours:
+# section 6). For the stack, M1's stage takes the column m1, its M2 stage the column m1+m2. Every
+# row is also an option: --batch-size 200, say.
 
 MODELS = ("m1", "m2", "m1+m2")
 # fmt: off
@@ -349,7 +350,8 @@ class M1(nn.Module):
         return -self.log_p_x(x, z) + beta * kl_gaussian(mu, logvar)
 
     def objective(self, x_l, y_l, x_u, share_l: float, t: float, s) -> Tensor:
-        """Training loss, a scalar in nats per image; t in [0, 1] is how much of training is done.
+        """Training loss, a scalar in nats per image; t in [0, 1] is how much of training is done,
+        s the settings.
 
         (The arguments are M2.objective's; M1 has all its images in x_u and uses no labels.)
 
