@@ -241,7 +241,7 @@ def log_gaussian(x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     any real number:  sum_d  -1/2 [ log 2 pi + log sigma_d^2 + (x_d - mu_d)^2 / sigma_d^2 ].
     As a likelihood its variance is learned: averaged over the data it is highest where sigma^2 is
     the mean of (x - mu)^2, so errors are weighed in units of their usual size. (With sigma fixed at
-    1 this is the squared error, whose weight beside the KL is then arbitrary.)
+    1 minus this is half the squared error, whose weight beside the KL is then arbitrary.)
     """
     mu, logvar = mu.float(), logvar.float()
     return -0.5 * (math.log(2 * math.pi) + logvar + (x - mu) ** 2 * torch.exp(-logvar)).sum(-1)
@@ -418,7 +418,7 @@ class M1(nn.Module):
 # L(x,y) does not contain q(y|x): of labels, the classifier we want would hear only from the
 # generative model, by U. So it is given them as well, by a loss that the bound does not need:
 #     J^alpha = J + alpha * E_labelled[ -log q(y|x) ]                                        (eq. 9)
-# It is >= 0, so -J^alpha <= -J is a lower bound as well, if a looser one.
+# The added term is >= 0, so -J^alpha <= -J is a lower bound as well, if a looser one.
 #
 # WHAT ALPHA IS. The paper sets alpha = 0.1 * N without saying which N, and E_labelled is a mean
 # over labelled points. The authors' code multiplies each labelled point's -log q(y|x), in the sum
@@ -434,7 +434,7 @@ class M1(nn.Module):
 # of q is again minus a lower bound on log p(x), by the formula above the tighter, the closer q~ is
 # to r. It costs one L(x,y) per label kept: once q(y|x) is sure of most images, little more than
 # one. At threshold 0 it is U itself. The price: U sends no gradient to the logit of a label cut for
-# x; only other terms or other images can bring it back.
+# x, which returns by other terms, by other images, or if the logits of the labels kept fall.
 
 
 class M2(nn.Module):
@@ -544,14 +544,15 @@ class M2(nn.Module):
         x_u, [n_l + n_u, K], where it is not this model's own function of x (the stack).
         """
         if log_q is None:
-            log_q = self.log_q_y(torch.cat([x_l, x_u]))  # in one batch, to normalise both alike
+            log_q = self.log_q_y(torch.cat([x_l, x_u]))  # one batch: normalised alike (not so L, U)
         log_q_l, log_q_u = log_q[: len(x_l)], log_q[len(x_l) :]
         loss = share_l * self.L(x_l, y_l).mean()
         if len(x_u):
             loss = loss + (1 - share_l) * weight_u * self.U(x_u, log_q_u).mean()
             # With p(y) = 1/K: KL = sum_y 1/K [ log 1/K - log mean q(y|x) ]. A minibatch of B images
-            # has class counts of its own: even a right q(y|x) pays (K - 1) / (2 B) on average, to
-            # second order in the counts. The factor keeps that below 0.01 nats times balance.
+            # has class counts of its own: even a q(y|x) that is right and certain pays, on average,
+            # (K - 1) / (2 B), to second order in the counts. The factor keeps that below 0.01 nats
+            # times balance.
             B, K = len(x_u), self.y_dim
             log_mean_q = torch.logsumexp(log_q_u, 0) - math.log(B)
             kl = -math.log(K) - log_mean_q.mean()
@@ -576,7 +577,7 @@ class M2(nn.Module):
         frequent as p(y) says. It is not faded in: classes are swallowed early.
         (5) On MNIST's pixels z has few dimensions: what z can say about the class, y need not say.
         (Validation error after 40 epochs, seed 0: 6.6, 4.1, 6.0 % for 5, 10, 50 of them.) For the
-        same reason z's KL is not faded in, as M1's is. If it were, all 10 dimensions would stay
+        same reason z's KL, unlike M1's, is not faded in. If it were, all 10 dimensions would stay
         active, not 7 to 10 as chance has it, and the bound be better; but z, while cheap, would
         tell the class itself (11.1 % instead of 6.9 after 13 of 30 epochs).
         """
@@ -1032,7 +1033,7 @@ def principal_components(images: Tensor, share: float = 0.99) -> dict:
     Returns the mean [D], directions V [D, d] (orthonormal columns), standard deviations sd [d].
     Neighbouring pixels are alike, so their covariance has a few large eigenvalues and many tiny
     ones. In x = (image - mean) V / sd, the coordinates along the eigenvectors of the large ones in
-    units of their spread, dimensions are uncorrelated, as a diagonal Gaussian p(x|z) has it, and of
+    units of their spread, dimensions are uncorrelated (p(x|z) has them independent, given z) and of
     like size, as networks like it. The directions that are dropped hardly vary; a learned variance
     could fall towards 0 on them, and the density would grow without limit for no gain in meaning.
     """
@@ -1221,8 +1222,8 @@ def log_likelihood(model: nn.Module, images: Tensor, likelihood: str, draws: int
     model.log_weight draws log w with E[w] = p(x). So the mean of w over S draws estimates p(x)
     without bias, and its log, log p(x): by Jensen too low on average, but less so the larger S is.
     (With one draw, M1's is on average the bound; M2's and the stack's, which lose no KL over y, lie
-    above theirs.) Its distance above the bound estimates, from below, the bound's gap: the mean KL
-    between q and the true posterior.
+    above theirs.) Its distance above the bound (which saw other draws of x, so give or take some
+    noise) estimates, from below, the bound's gap: the mean KL between q and the true posterior.
     """
 
     def estimate(x: Tensor) -> Tensor:
@@ -1235,7 +1236,7 @@ def log_likelihood(model: nn.Module, images: Tensor, likelihood: str, draws: int
 
 
 def features(m1: M1, images: Tensor) -> Tensor:
-    """Mean of q(z|x) of every image, [n, Z]."""
+    """Mean of q(z|x) of every image, x being grey as stored, [n, Z]."""
     return in_chunks(lambda x: m1.encode(x)[0], images)
 
 
