@@ -26,8 +26,8 @@ In M2, z is the style: what is not the class.
     a classifier is then        labelled images only                [x]
     trained on z
 
-At the heart of all three: log p(x), the quantity we want high, is an intractable integral over the
-latent variables, so we raise a lower bound on it that we can compute (derived at M1).
+At the heart of all three: log p(x), which we want high, is the log of an intractable integral over
+the latent variables, so we raise a lower bound on it that we can compute (derived at M1).
 
 NOTATION (the paper's, whose N is at times N + M)
     x           an image as a vector of D pixels, [B, D] in a minibatch of B; a binary one is drawn
@@ -111,7 +111,7 @@ SETTINGS = {
                 "weight of the KL that keeps classes equally frequent (see M2.objective)"),
     "beta": ((1.0, None, None), (1.0, None, None), (0.0,), "weight of the KL in eq. 5"),
     "ramp": ((0.15, 0.5, 0.5), (0.0, 0.0, 0.0), (0.0, 1.0),
-             "part of training in which M1's KL or M2's unlabelled images fade in (see objective)"),
+             "part of training in which M1's KL or M2's U fades in (see objective)"),
     "threshold": ((None, 0.01, 0.01), (None, 0.0, 0.0), (0.0, 1.0),
                   "labels with q(y|x) below it are left out of U (see M2); GPUs: 0 (see train)"),
     "classifier_sees": ((None, None, "mean"), (None, None, "draw"), ("mean", "draw"),
@@ -241,7 +241,7 @@ def log_gaussian(x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     any real number:  sum_d  -1/2 [ log 2 pi + log sigma_d^2 + (x_d - mu_d)^2 / sigma_d^2 ].
     As a likelihood its variance is learned: averaged over the data it is highest where sigma^2 is
     the mean of (x - mu)^2, so errors are weighed in units of their usual size. (With sigma fixed at
-    1 minus this is half the squared error, whose weight beside the KL is then arbitrary.)
+    1, minus this is half the squared error plus a constant; its weight beside the KL is arbitrary.)
     """
     mu, logvar = mu.float(), logvar.float()
     return -0.5 * (math.log(2 * math.pi) + logvar + (x - mu) ** 2 * torch.exp(-logvar)).sum(-1)
@@ -300,7 +300,7 @@ LIKELIHOODS = {
 # p(z) = N(0, I),   p(x|z) = f(x; z, theta),   q(z|x) = N(mu(x), diag sigma^2(x))         (eq. 1, 3)
 # (f: a density of LIKELIHOODS, whose parameters are the outputs of a neural network at z)
 #
-# The bound. log p(x) is the log of an integral over z. Multiply and divide by any density q(z|x):
+# The bound. log p(x) is the log of an integral over z. Multiply and divide by any density q(z|x) > 0:
 #     log p(x) = log integral p(x|z) p(z) dz = log E_q(z|x)[ p(x|z) p(z) / q(z|x) ]
 #             >= E_q(z|x)[ log p(x|z) + log p(z) - log q(z|x) ]       (Jensen: log is concave)
 #              = E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || p(z) )  =: -J(x)                     (eq. 5)
@@ -551,8 +551,8 @@ class M2(nn.Module):
             loss = loss + (1 - share_l) * weight_u * self.U(x_u, log_q_u).mean()
             # With p(y) = 1/K: KL = sum_y 1/K [ log 1/K - log mean q(y|x) ]. A minibatch of B images
             # has class counts of its own: even a q(y|x) that is right and certain pays, on average,
-            # (K - 1) / (2 B), to second order in the counts. The factor keeps that below 0.01 nats
-            # times balance.
+            # (K - 1) / (2 B) if B is many times K. The factor keeps that below 0.01 nats times
+            # balance. (A class that no image of the minibatch has costs far more.)
             B, K = len(x_u), self.y_dim
             log_mean_q = torch.logsumexp(log_q_u, 0) - math.log(B)
             kl = -math.log(K) - log_mean_q.mean()
@@ -750,7 +750,7 @@ def svm_step(m: Tensor, t: Tensor, a: float) -> Tensor:
 
     Where t m >= 1, f = m makes both terms 0. Elsewhere the derivative is 0 at
     (f - m) = a t (1 - t f). With t^2 = 1: f (1 + a) = m + a t = m (1 + a) + a t (1 - t m), so
-        f = m + [a / (1 + a)] t (1 - t m).
+        f = m + [a / (1 + a)] t (1 - t m),  where  1 - t f = (1 - t m) / (1 + a) > 0, as assumed.
     """
     return m + a / (1 + a) * t * F.relu(1 - t * m)
 
@@ -1256,7 +1256,7 @@ def active_dimensions(m1: M1, images: Tensor) -> Tensor:
 #   the likelihood averaged over pixels (mean for sum in log_bernoulli): the KL, 784 times too
 #     heavy beside it, empties z; L hardly differs between classes, so U makes q uniform   68.7 %
 #   alpha as if the paper's N were the number of labels (--alpha 0.02, a 500th)            25.4 %
-#   no ramp of the unlabelled images (--ramp 0)                                            19.6 %
+#   no ramp of the unlabelled images' loss U (--ramp 0)                                    19.6 %
 #   the entropy with the wrong sign (L - log q in U). It rewards certainty, and q(y|x) is soon
 #     nearly certain anyway: only tests against eq. 7 find it                               9.0 %
 # M1 and the TSVM on it, --model m1 --epochs 10: bound -97.6 nats, 31 active dimensions, 3.1 %.
