@@ -300,7 +300,7 @@ LIKELIHOODS = {
 # p(z) = N(0, I),   p(x|z) = f(x; z, theta),   q(z|x) = N(mu(x), diag sigma^2(x))         (eq. 1, 3)
 # (f: a density of LIKELIHOODS, whose parameters are the outputs of a neural network at z)
 #
-# The bound. log p(x) is the log of an integral over z. Multiply and divide by any density q(z|x) > 0:
+# The bound. log p(x) is the log of an integral over z. Multiply and divide by a density q(z|x) > 0:
 #     log p(x) = log integral p(x|z) p(z) dz = log E_q(z|x)[ p(x|z) p(z) / q(z|x) ]
 #             >= E_q(z|x)[ log p(x|z) + log p(z) - log q(z|x) ]       (Jensen: log is concave)
 #              = E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || p(z) )  =: -J(x)                     (eq. 5)
