@@ -1871,11 +1871,11 @@ def reproduce(args: argparse.Namespace) -> None:
         if model == "m2":
             go(out, model, N, seed)
         else:
-            if N == args.labels[0]:  # train it or, if that is done, see that it is what is asked
-                begun = m1.exists() and load_saved(m1, "cpu", False)
-                n_labels = (
-                    begun["settings"]["labels"] if begun else N
-                )  # it uses none, so any will do
+            if N == args.labels[0]:
+                # Train it or, if that is done, see that it is what is asked; the number of labels,
+                # of which it uses none, may be another.
+                begun = m1.exists() and load_saved(m1, "cpu", finished=False)
+                n_labels = begun["settings"]["labels"] if begun else N
                 own = {} if args.model == "m1" else none | {"epochs": args.m1_epochs}
                 go(m1.parent, "m1", n_labels, seed, **own)
             own = none | {"classifier": args.classifier} if model == "m1" else {}
