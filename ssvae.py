@@ -362,6 +362,8 @@ class M1(nn.Module):
         makes the last hidden layer, from which mu(x) is computed, vary over a minibatch.
         After the ramp, beta = 1 is eq. 5; beta < 1 lets z say more about x than the best bound
         asks for; with beta = 0 noise would only cost: sigma goes to 0, an autoencoder is left.
+        (Without the other term, q(z|x) = p(z) would be best.) Until the ramp ends, and if beta < 1,
+        minus this loss is no lower bound; self.bound is always eq. 5's.
         """
         return self.J(x_u, beta=s["beta"] * fade_in(t, s["ramp"])).mean()
 
@@ -434,7 +436,8 @@ class M1(nn.Module):
 # of q is again minus a lower bound on log p(x), by the formula above the tighter, the closer q~ is
 # to r. It costs one L(x,y) per label kept: once q(y|x) is sure of most images, little more than
 # one. At threshold 0 it is U itself. The price: U sends no gradient to the logit of a label cut for
-# x, which returns by other terms, by other images, or if the logits of the labels kept fall.
+# x. The label returns by the loss's other terms, by other images, or if the logits of those kept
+# fall.
 
 
 class M2(nn.Module):
@@ -464,8 +467,9 @@ class M2(nn.Module):
         # q(z|x,y) and p(x|y,z) take two inputs. Their first layer is linear in [x, one-hot(y)]:
         # W [x, one-hot(y)] = W_x x + (column y of W_y). So W_x is the first layer of an ordinary
         # MLP on x and W_y a table of K vectors, and W_x x is computed once for all labels of x.
-        # (In p(x|y,z) z takes the place of x.) Unless init_std says otherwise, the tables start
-        # with larger entries than W_x, so that y matters from the start.
+        # (In p(x|y,z) z takes the place of x, but every pair of x and y has its own.) Unless
+        # init_std says otherwise, the tables start with larger entries than W_x, so that y matters
+        # from the start.
         self.q_z = mlp(x_dim, *hidden, 2 * z_dim, **how)
         self.q_z_y = nn.Embedding(y_dim, hidden[0])
         outputs = x_dim * self.outputs
@@ -539,9 +543,10 @@ class M2(nn.Module):
         share_l = N / (N + M). The N labelled images are few, so a minibatch may take more than
         their share of them. The means of L and U are weighed by the shares of the whole set, not of
         the minibatch: this estimates J^alpha / (N + M), if weight_u = 1, balance = 0 and the
-        threshold is 0. alpha is the weight per image; weight_u multiplies U; balance (less if x_u
-        are few) multiplies KL( p(y) || mean of q(y|x) over x_u ). log_q = log q(y|x) of x_l, then
-        x_u, [n_l + n_u, K], where it is not this model's own function of x (the stack).
+        threshold is 0. alpha is the weight per image, a of WHAT ALPHA IS; weight_u multiplies U;
+        balance (less if x_u are few) multiplies KL( p(y) || mean of q(y|x) over x_u ): why, says
+        objective. log_q = log q(y|x) of x_l, then x_u, [n_l + n_u, K], where it is not this model's
+        own function of x (the stack).
         """
         if log_q is None:
             log_q = self.log_q_y(torch.cat([x_l, x_u]))  # one batch: normalised alike (not so L, U)
@@ -550,9 +555,9 @@ class M2(nn.Module):
         if len(x_u):
             loss = loss + (1 - share_l) * weight_u * self.U(x_u, log_q_u).mean()
             # With p(y) = 1/K: KL = sum_y 1/K [ log 1/K - log mean q(y|x) ]. A minibatch of B images
-            # has class counts of its own: even a q(y|x) that is right and certain pays, on average,
-            # (K - 1) / (2 B) if B is many times K. The factor keeps that below 0.01 nats times
-            # balance. (A class that no image of the minibatch has costs far more.)
+            # has class counts of its own: even a q(y|x) that is right and certain typically pays
+            # about (K - 1) / (2 B), if B is many times K (far more if it lacks a class). The factor
+            # keeps that below 0.01 nats times balance.
             B, K = len(x_u), self.y_dim
             log_mean_q = torch.logsumexp(log_q_u, 0) - math.log(B)
             kl = -math.log(K) - log_mean_q.mean()
@@ -564,11 +569,13 @@ class M2(nn.Module):
 
         The failure to avoid: q(y|x) soon fits the few labels and is certain everywhere, right or
         wrong. Eq. 7 weighs L(x,y) by q(y|x), so the generative model then learns the wrong class,
-        and teaches it back. The fast recipe has up to five things against that, none the paper's.
+        and teaches it back. The fast recipe has up to five things against that, none the paper's
+        (what some of them are worth: COMMON MISTAKES, after section 9, and README).
         (1) U fades in from weight 0 to 1 while t goes from 0 to s["ramp"]: q(y|x) hears the labels
         before it hears the generative model, which at first has no opinion worth hearing. (The
         generative model itself learns from U almost at once: its other loss, L, has weight
-        N / (N + M), 0.002 for 100 of 50,000, and Adam's steps hardly depend on scale.)
+        N / (N + M), 0.002 for 100 of 50,000, and Adam's steps hardly depend on scale. Until the
+        weight is 1, minus the loss is no lower bound; self.bound always is.)
         (2) Dropout keeps q(y|x) from fitting the labels too closely.
         (3) An alpha larger than the paper's keeps them from being outvoted by the many guesses.
         (4) No class may swallow another (balance): in the model the mean of p(y|x) over images is
@@ -577,9 +584,9 @@ class M2(nn.Module):
         frequent as p(y) says. It is not faded in: classes are swallowed early.
         (5) On MNIST's pixels z has few dimensions: what z can say about the class, y need not say.
         (Validation error after 40 epochs, seed 0: 6.6, 4.1, 6.0 % for 5, 10, 50 of them.) For the
-        same reason z's KL, unlike M1's, is not faded in. If it were, all 10 dimensions would stay
-        active, not 7 to 10 as chance has it, and the bound be better; but z, while cheap, would
-        tell the class itself (11.1 % instead of 6.9 after 13 of 30 epochs).
+        same reason z's KL has its full weight beside log p(x|y,z) from the start, unlike M1's. If
+        it faded in, all 10 dimensions would stay active, not 7 to 10 as chance has it, and the
+        bound be better; but z, while cheap, would tell the class itself.
         """
         weight_u = fade_in(t, s["ramp"])
         return self.J_alpha(x_l, y_l, x_u, share_l, s["alpha"], weight_u, s["balance"], log_q)
@@ -638,13 +645,13 @@ class M2(nn.Module):
 # no longer change, so raising this bound is lowering E_q(z1|x)[ U(z1) ]: M2, with a Gaussian
 # p(z1|y,z2), on a fresh draw of z1 at every visit of x. For labelled x, log p(x,y) has the same
 # bound with -L(z1,y) <= log p(z1,y) in place of -U(z1).
-# What q may look at. The bound holds for every q(z1) and q(y), whatever they depend on. So in M2's
-# stage z1 is drawn from q(z1|g), where g is the grey image of which x is a draw (Gaussian data have
-# g = x): the bound holds for each such x, hence on average over them, and the mean and variance of
-# q(z1|g) are computed once. (Holding is one thing, being tight another: M1 was trained on x, so the
-# bound is evaluated with q(z1|x).) Nor need q(y|.) see the draw z1: in the fast recipe it sees the
-# mean of q(z1|g), without noise, as when it classifies. (The price is a looser bound, since y may
-# not depend on the draw.) The authors' sees the draw (here in training only).
+# What q may look at. The bound holds for every q(z1) and q(y), whatever they depend on; let g be
+# the grey image of which x is a draw (Gaussian data have g = x).
+#   z1 is drawn from q(z1|g) in training: the bound holds for each such x, hence on average over
+#     them, and the mean and variance of q(z1|g) are computed once. M1 was trained on x, though, so
+#     the bound is tighter with q(z1|x), and evaluated with it.
+#   q(y|.) sees the mean of q(z1|g), without noise, as when it classifies. (The price is a looser
+#     bound, since y may not depend on the draw.) In the paper's recipe it sees z1 in training.
 # What two stages give up: the bound is still a bound, but no longer maximised over all parameters
 # together; q(z1|x) was fitted to another prior and does not learn of the classes.
 
@@ -669,7 +676,8 @@ class M1M2(nn.Module):
         return torch.cat([mu[:, self.active], logvar[:, self.active]], 1)
 
     def objective(self, x_l, y_l, x_u, share_l: float, t: float, s) -> Tensor:
-        """M2.objective on z1 ~ q(z1|g): of the bound, U and L alone, since the rest is frozen.
+        """M2.objective on z1 ~ q(z1|g): of the bound only U and L, since the rest is frozen. They
+        are of densities of z1 (nats, but not those of an image).
 
         x_l and x_u are not images but what encode makes of them.
         """
@@ -706,7 +714,7 @@ class M1M2(nn.Module):
         return self.m2.infer(self.encode(x).chunk(2, -1)[0], y)
 
     def generate(self, y: Tensor, z: Tensor) -> Tensor:
-        """Mean of p(x|z1) at the mean of p(z1|y,z2), [B, D]; 0 where z1 is unused."""
+        """Mean of p(x|z1) at the mean of p(z1|y,z2), [B, D]. Unused dimensions of z1 are 0."""
         z1 = z.new_zeros(len(z), self.m1.p_x[0].in_features)
         z1[:, self.active] = self.m2.generate(y, z)
         return self.m1.generate(z1)
@@ -757,8 +765,7 @@ def svm_step(m: Tensor, t: Tensor, a: float) -> Tensor:
 
 def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, a=0.3, steps=100, spread=0.3) -> KNN:
     """Transductive support vector machine on the graph of neighbours. z: [n, Z], the first N of
-    them labelled y_l [N]. A new z then gets the mean score of its k neighbours. Settings by
-    validation error.
+    them labelled y_l [N]. A new z then gets the mean score of its k neighbours.
 
     A support vector machine has one score f_c for each class c. Write t_c(y) = +1 if c = y, else
     -1: it wants t_c(y) f_c >= 1 and pays for what is missing, here by its square:
@@ -769,17 +776,17 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, a=0.3, steps=100, spread=0.3) 
         sum_i |f_i - m_i|^2 + a * sum_unlabelled min_y hinge(f_i, y),
         with f_i = t(y_i), all +1 or -1, at the labelled points.
     The last term makes it a transductive SVM: it pushes unlabelled points to a side, and so the
-    boundaries, where f changes sign, to where there are few points. The minimum is at
+    boundary of each class, where f_c changes sign, to where there are few points. The minimum is at
     y = argmax_c f_c (changing y from c to d adds g(f_d) - g(f_c), and the function
     g(f) = max(0, 1 - f)^2 - max(0, 1 + f)^2 decreases in f).
 
     It is not minimised exactly. Again and again every unlabelled point that a label has reached
-    minimises its own terms, its neighbours' last scores held fixed (svm_step; y is the argmax of m,
-    since what is left at that f is a / (1 + a) hinge(m, y)). Two things guard against poor answers.
-    First, for a part `spread` of the steps, the labels spread without the last term, from f = -1
-    (of no class): a guess costs much if it is made too soon. Second, from then on every class is
-    scaled to its share, taken to be 1/K as p(y) has it (not SVHN's): (m + 1) / 2, about 1 within
-    the class and 0 elsewhere, gets that mean.
+    minimises the terms of its own index i, its neighbours' last scores held fixed (svm_step; y is
+    the argmax of m, since what is left at that f is a / (1 + a) hinge(m, y)). Two things guard
+    against poor answers. First, for a part `spread` of the steps, the labels spread without the
+    last term, from f = -1 (of no class): an early wrong guess would spread. Second, from then on m
+    is scaled before the step, so that every class has its share, taken to be 1/K as p(y) has it
+    (not SVHN's): (m + 1) / 2, about 1 within the class and 0 elsewhere, gets that mean.
     """
     N, t_l = len(y_l), 2.0 * F.one_hot(y_l, y_dim) - 1
     neighbours = nearest(z, z, k + 1)[:, 1:]  # the nearest is the point itself, or its double
@@ -1028,7 +1035,8 @@ def split(y: Tensor, n_labels: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def principal_components(images: Tensor, share: float = 0.99) -> dict:
-    """The leading principal components of images [n, D], with this share of their variance.
+    """The leading principal components of images [n, D], with this share of their variance, from
+    the first 20,000 of them.
 
     Returns the mean [D], directions V [D, d] (orthonormal columns), standard deviations sd [d].
     Neighbouring pixels are alike, so their covariance has a few large eigenvalues and many tiny
@@ -1118,9 +1126,10 @@ def bfloat16_is_faster(device: torch.device) -> bool:
     """Whether matrix products are faster in bfloat16: so on most GPUs since 2020, on CPUs with AMX
     and on AMD's with AVX512-BF16 (2.3 times as fast; on Intel's without AMX, 0.5 times).
 
-    It has float32's range with 8 bits of precision: enough for activations and their gradients, so
-    only those are rounded; weights, Adam's moments, log-densities and sums stay float32. Decided by
-    features, not by a timing, so that a run on the same machine always computes the same.
+    It has float32's range with 8 bits of precision: enough for activations, their gradients and the
+    copies of the weights that are multiplied. The weights themselves, Adam's moments, log-densities
+    and sums stay float32. Decided by features, not by a timing, so that a run on the same machine
+    always computes the same.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1261,7 +1270,7 @@ def active_dimensions(m1: M1, images: Tensor) -> Tensor:
 #     nearly certain anyway: only tests against eq. 7 find it                               9.0 %
 # M1 and the TSVM on it, --model m1 --epochs 10: bound -97.6 nats, 31 active dimensions, 3.1 %.
 #   grey pixels for x in training, not binary draws: no harm to the features. (Since log p(x|z) is
-#     linear in x, the loss is minus a bound still, on the mean log p(x) of the draws, with a q(z|.)
+#     affine in x, the loss is minus a bound still, on the mean log p(x) of the draws, with a q(z|.)
 #     that does not see which was drawn: a looser one.) On binary images the bound is -97.8  2.9 %
 #   towards posterior collapse: no ramp, no batch normalisation, softplus (--ramp 0 --batch-norm
 #     none --activation softplus): bound -126.0, 24 active dimensions                      16.8 %
