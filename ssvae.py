@@ -1011,7 +1011,7 @@ def check(source: str | Path, arrays: list[np.ndarray]) -> None:
         raise BadInput(f"{source}: {len(x_train)} training images are too few")
     y_dim = int(y_train.max()) + 1
     if y_dim < 2 or y_test.max() >= y_dim or len(np.unique(y_train)) != y_dim:
-        raise BadInput(f"{source}: the labels in y_train must be 0..K-1, each present, K >= 2")
+        raise BadInput(f"{source}: the labels must be 0..K-1, K >= 2, each of them in y_train")
 
 
 def split(y: Tensor, n_labels: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -1138,12 +1138,13 @@ def bfloat16_is_faster(device: torch.device) -> bool:
     return device.type == "cpu" and bool(can.get("amx_bf16") or fast_avx)
 
 
-def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> None:
+def train(model: nn.Module, data: Data, s: dict, run: "Run", make_classify=None) -> None:
     """Minimise model.objective with Adam, by the settings s; one row in the log per epoch.
 
     Everything stays on the device and, on an accelerator, nothing waits for it inside an epoch
     (so there the default threshold is 0: to count the labels above it, the host would wait).
-    classify: scores for the validation error, model.classify by default.
+    make_classify() gives, after an epoch, the scores for the validation error; model.classify
+    otherwise.
     """
     N, M, device = len(data.x_l), len(data.x_u), data.x_l.device
     n_u = min(M, s["batch_size"])  # unlabelled images in a minibatch
@@ -1194,11 +1195,12 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", classify=None) -> N
                     )
         seconds = time.perf_counter() - start
         model.eval()
+        classify = make_classify() if make_classify else model.classify
         row = {
             "epoch": epoch + 1,
             "loss": losses.mean().item(),
             "bound": mean_bound(model, data.x_valid[:1000], data.likelihood),
-            "valid_error": error_rate(classify or model.classify, data.x_valid, data.y_valid),
+            "valid_error": error_rate(classify, data.x_valid, data.y_valid),
             "images_per_second": steps * (n_u or n_l) / seconds,
             "seconds": seconds,
         }
@@ -1360,7 +1362,7 @@ def pictures(model: nn.Module, classify, data: Data) -> dict:
 
         def generate(z):  # z [rows, Z] -> means of p(x|y,z), [rows, K, d], a column for each y
             y = torch.arange(K, device=device).repeat(len(z))
-            return model.generate(y, z.repeat_interleave(K, 0)).view(len(z), K, -1)
+            return model.generate(y, z.repeat_interleave(K, 0)).unflatten(0, (len(z), K))
 
         # samples.png: each row has its own z ~ p(z)
         add("samples.png", generate(torch.randn(10, z_dim, device=device)))
@@ -1408,11 +1410,12 @@ def write_file(path: Path, content: bytes) -> None:
         raise BadInput(f"cannot write {path} ({error.strerror}); try another --out-dir") from error
 
 
-def write_picture(path: Path, picture) -> None:
-    """A Pillow image as a PNG file."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    write_file(path, buffer.getvalue())
+def write_pictures(folder: Path, found: dict) -> None:
+    """Pillow images by file name, as PNG files."""
+    for name, picture in found.items():
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        write_file(folder / name, buffer.getvalue())
 
 
 # The paper's test errors in % (Table 1: mean, +-) for MNIST, shown beside ours at the end of a run.
@@ -1486,7 +1489,7 @@ class Run:
         self.rows.append({"stage": self.stage, **row})
         self.save(model, optimizer)
         if self.images:
-            write_picture(self.folder / "curves.png", curves(self.rows))
+            write_pictures(self.folder, {"curves.png": curves(self.rows)})
         left = int(row["seconds"] * (self.epochs - row["epoch"]))
         print(
             f"{self.stage} epoch {row['epoch']}/{self.epochs}  bound {row['bound']:.2f} nats  "
@@ -1717,13 +1720,7 @@ def evaluate_saved(args: argparse.Namespace) -> None:
             f"{log_p:.2f} nats by importance sampling with {args.nll} draws"
         )
     if not args.no_images:
-        draw(args.out_dir or args.load.parent, model, classify, data)
-
-
-def draw(folder: Path, model: nn.Module, classify, data: Data) -> None:
-    """Write the pictures of a trained model."""
-    for name, picture in pictures(model, classify, data).items():
-        write_picture(folder / name, picture)
+        write_pictures(args.out_dir or args.load.parent, pictures(model, classify, data))
 
 
 def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, dict | None]:
@@ -1783,7 +1780,7 @@ def choose_settings(args, data: Data, device, saved_m1: dict | None) -> dict:
         "seed": args.seed,
         "device": device.type,
         "precision": auto if args.precision == "auto" else args.precision,
-        "recipe": args.recipe,
+        "recipe": m1["recipe"] if args.m1 and args.model == "m1" else args.recipe,
         "m1": zlib.crc32(args.m1.read_bytes()) if args.m1 else None,
         "alpha": None,  # m1's
         **s,
@@ -1823,8 +1820,11 @@ def train_and_evaluate(args: argparse.Namespace) -> None:
         no_labels = data._replace(x_l=images[:0], y_l=data.y_l[:0], x_u=images)
         if not in_stage_2:
             # For the progress lines, a classifier that needs no training: the nearest neighbour.
-            one_nearest = lambda x: KNN(features(m1, data.x_l), votes, 1)(m1.encode(x)[0])
-            train(m1, no_labels, stage_1(s), run, one_nearest)
+            def nearest_labelled():
+                knn = KNN(features(m1, data.x_l), votes, 1)
+                return lambda x: knn(m1.encode(x)[0])
+
+            train(m1, no_labels, stage_1(s), run, nearest_labelled)
     torch.manual_seed(args.seed)
     if args.model == "m1":
         z = features(m1, images)
@@ -1855,7 +1855,7 @@ def train_and_evaluate(args: argparse.Namespace) -> None:
     write_file(folder / "results.json", json.dumps(results, indent=2).encode())
     print(summary(results))
     if not args.no_images:
-        draw(folder, model, classify, data)
+        write_pictures(folder, pictures(model, classify, data))
     print(f"Written to {folder}/")
 
 
@@ -1873,6 +1873,8 @@ def reproduce(args: argparse.Namespace) -> None:
         own |= {"out_dir": out, "model": model, "labels": N, "seed": seed, "resume": True}
         train_and_evaluate(argparse.Namespace(**vars(args) | {"m1": None, "m1_epochs": None} | own))
 
+    for N in args.labels:  # is it possible? Better to know now than in hours
+        load_data(args.dataset, args.data_dir, N, 0, "cpu")
     cells = [(s, N, model) for s in range(args.seeds) for N in args.labels for model in models]
     results, none = {}, dict.fromkeys(SETTINGS)
     for done, (seed, N, model) in enumerate(cells, 1):
