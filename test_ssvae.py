@@ -24,6 +24,7 @@ import pytest
 import torch
 import torch.distributions as D
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ssvae
 from ssvae import KNN, M1, M1M2, M2
@@ -268,12 +269,12 @@ def test_eq8_eq9_J_alpha_against_a_loop_over_points(fixed_noise):
     torch.testing.assert_close(m2.J_alpha(x_l, y_l, x_u, 3 / 11, 0.7), oracle[0])
 
 
-def test_objective_is_J_alpha_once_the_ramp_is_over(fixed_noise):
-    """The ramp changes nothing after s["ramp"]; at t = 0 only labels and the balance count. The
-    balance is torch.distributions' KL from p(y) to the mean of q(y|x)."""
+def test_objective_is_J_alpha_once_the_ramp_is_over(fixed_noise, monkeypatch):
+    """The ramp changes nothing after s["ramp"]; at t = 0 only labels, balance and roughness count.
+    The balance is torch.distributions' KL from p(y) to the mean of q(y|x)."""
     m2 = small_m2()
     x, y = (torch.rand(3, 6) < 0.5).float(), torch.tensor([0, 1, 2])
-    s = {"alpha": 0.7, "ramp": 0.5, "balance": 0.3}
+    s = {"alpha": 0.7, "ramp": 0.5, "balance": 0.3, "smooth": 0.0}
     p, mean_q = D.Categorical(logits=torch.zeros(3)), D.Categorical(m2.q_y(x).softmax(-1).mean(0))
     balance = 0.3 * 3 / (50 * 3) * D.kl_divergence(p, mean_q)  # 3 images, 3 classes
     for t in (0.5, 0.9):
@@ -281,6 +282,32 @@ def test_objective_is_J_alpha_once_the_ramp_is_over(fixed_noise):
         torch.testing.assert_close(m2.objective(x, y, x, 0.5, t, s), oracle)
     start = 0.5 * m2.L(x, y).mean() + 0.7 * F.cross_entropy(m2.q_y(x), y) + balance
     torch.testing.assert_close(m2.objective(x, y, x, 0.5, 0.0, s), start)
+    monkeypatch.setattr(m2, "roughness", lambda seen, log_q, distance: distance * log_q[:, 0])
+    added = 0.2 * torch.cat([m2.log_q_y(x), m2.log_q_y(x)])[:, 0].mean()
+    found = m2.objective(x, y, x, 0.5, 0.0, s | {"smooth": 0.2})
+    torch.testing.assert_close(found, start + added)
+
+
+def test_roughness_against_a_search_over_all_directions():
+    """In two dimensions: never more than the largest KL on the circle, nearly always close to it,
+    far more than at random; torch.distributions' KL. Its gradient leaves q(y|x) alone."""
+    torch.manual_seed(0)
+    m2, distance = scrambled(M2(2, 3, 1, (8,))), 0.05
+    x = torch.randn(40, 2)
+    angle = torch.linspace(0, 2 * torch.pi, 721)
+    circle = distance * torch.stack([angle.cos(), angle.sin()], 1)
+    with torch.no_grad():
+        q = D.Categorical(logits=m2.q_y(x)[:, None])
+        around = m2.q_y((x[:, None] + circle).flatten(0, 1)).view(40, 721, 3)
+        kl = D.kl_divergence(q, D.Categorical(logits=around))  # [40, 721]
+    log_q = m2.log_q_y(x)
+    share = torch.stack([m2.roughness(x, log_q, distance) / kl.amax(1) for _ in range(20)])
+    assert share.max() < 1.01 and share.median() > 0.9
+    assert (kl.mean(1) / kl.amax(1)).mean() < 0.7
+    (unseen,) = torch.autograd.grad(
+        m2.roughness(x, log_q, distance).sum(), log_q, allow_unused=True
+    )
+    assert unseen is None
 
 
 def test_M1M2_bound():
@@ -318,7 +345,7 @@ def test_stack_objective_by_hand(fixed_noise, sees):
     m2 = scrambled(M2(2, 3, z_dim=1, hidden=(4,), likelihood="gaussian"), scale=0.5)
     stack = M1M2(m1, m2, torch.tensor([0, 2]))
     x_l, x_u, y = torch.rand(3, 6), torch.rand(4, 6), torch.tensor([0, 1, 2])
-    s = {"alpha": 0.7, "ramp": 0.0, "balance": 0.0, "classifier_sees": sees}
+    s = {"alpha": 0.7, "ramp": 0.0, "balance": 0.0, "smooth": 0.0, "classifier_sees": sees}
     found = stack.objective(stack.encode(x_l), y, stack.encode(x_u), 0.2, 1.0, s)
     means, draws = [], []
     for x in (x_l, x_u):
@@ -343,7 +370,8 @@ def test_losses_and_gradients_stay_finite(fill, size, bf16):
     """All-black and all-white images, tiny minibatches, certain classifiers, both precisions."""
     torch.manual_seed(0)
     x, y = torch.full((size, 20), fill), torch.arange(size) % 2
-    s = {"alpha": 1.0, "beta": 1.0, "ramp": 0.0, "balance": 1.0, "classifier_sees": "mean"}
+    s = {"alpha": 1.0, "beta": 1.0, "ramp": 0.0, "balance": 1.0, "smooth": 1.0}
+    s["classifier_sees"] = "mean"
     m1, m2 = M1(20, 3, (8,)), M2(20, 2, 3, (8,), threshold=0.01)
     m2.q_y[-1].bias.data = torch.tensor([1e4, -1e4])
     stack = M1M2(M1(20, 3, (8,)), M2(3, 2, 1, (8,), likelihood="gaussian"), torch.arange(3)).train()
@@ -382,7 +410,7 @@ def test_shapes_and_settings_at_random(seed):
     assert (ssvae.kl_gaussian(mu, logvar) > -1e-6).all()
     if likelihood == "bernoulli":  # probabilities: every term of the bound is a cost
         assert (m1.J(x) > 0).all() and (m2.L(x, y) > 0).all()
-    s = {"alpha": 1.0, "beta": 1.0, "ramp": 0.5, "balance": 1.0}
+    s = {"alpha": 1.0, "beta": 1.0, "ramp": 0.5, "balance": 1.0, "smooth": 2.0 * (seed % 3)}
     for model in (m1, m2):
         model.objective(x, y, x, 0.5, float(rng.random()), s).backward()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
@@ -1414,7 +1442,8 @@ def test_classes_can_be_pasted_elsewhere():
     )
     imports += "\nimport torch.nn.functional as F\n"
     x, y = (torch.rand(50, 20) < 0.5).float(), torch.arange(50) % 2
-    s = {"alpha": 1.0, "beta": 1.0, "ramp": 0.0, "balance": 1.0, "classifier_sees": "mean"}
+    s = {"alpha": 1.0, "beta": 1.0, "ramp": 0.0, "balance": 1.0, "smooth": 1.0}
+    s["classifier_sees"] = "mean"
     for pasted, make in (
         (m1, "M1(20, 3, (8,))"),
         (m2, "M2(20, 2, 3, (8,))"),
@@ -1452,7 +1481,7 @@ def seconds(f, repeat=15):
 
 
 def trainable(model):
-    """A model with its settings and made-up data: (model, settings, step function)."""
+    """A training step, to be called, of a model with its settings and made-up data."""
     device = ssvae.pick_device("auto")
     bf16 = ssvae.bfloat16_is_faster(device)
     s = ssvae.settings_of(model)
@@ -1479,52 +1508,34 @@ def trainable(model):
         loss.backward()
         optimizer.step()
 
-    return net, step
+    return step
 
 
-def bare_products(net):
-    """The matrix products of one training step alone: forward, and both backward where needed."""
-    dtype = torch.float32
-    device = next(net.parameters()).device
-    if ssvae.bfloat16_is_faster(device):
-        dtype = torch.bfloat16
-    shapes = []  # rows, inputs, outputs, whether it is trained, whether its input needs a gradient
-    hooks = [
-        layer.register_forward_hook(
-            lambda layer, x, _: shapes.append(
-                (len(x[0]), *layer.weight.T.shape, layer.weight.requires_grad, x[0].requires_grad)
-            )
-        )
-        for layer in net.modules()
-        if isinstance(layer, torch.nn.Linear)
-    ]
-    return shapes, hooks, dtype, device
+class Products(TorchDispatchMode):
+    """Notes the operands of every matrix product that is computed meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.operands = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.operands.append([torch.randn_like(a) for a in args[-2:]])  # strides are kept
+        return op(*args, **(kwargs or {}))
 
 
 def benchmark_steps():
     print("\nA training step beside the bare matrix products it needs (same shapes and type):")
     print(f"{'model':8}{'step, ms':>10}{'products, ms':>14}{'ratio':>8}{'images/s':>12}")
     for model in MODELS:
-        net, step = trainable(model)
-        shapes, hooks, dtype, device = bare_products(net)
+        step = trainable(model)
         step()
-        for hook in hooks:
-            hook.remove()
-        operands = []
-        for rows, inputs, outputs, trained, needs in shapes:
-            x, w, g = (
-                torch.randn(*size, device=device, dtype=dtype)
-                for size in ((rows, inputs), (inputs, outputs), (rows, outputs))
-            )
-            operands.append((x, w, g, trained, needs))
+        with Products() as made:
+            step()
 
-        def products(operands=operands):
-            for x, w, g, trained, needs in operands:
-                x @ w
-                if trained:
-                    x.T @ g
-                if needs:
-                    g @ w.T
+        def products(operands=made.operands):
+            for a, b in operands:
+                a @ b
 
         whole, bare = seconds(step), seconds(products)
         print(
