@@ -13,7 +13,7 @@ images, unlabelled, teach it the rest? If we model how images arise, p(x), from 
 and a style, then explaining the unlabelled images well may reveal which class each belongs to.
 
 THE MODELS.  Circles in (parentheses) are latent, boxes in [brackets] observed, arrows generate.
-In M2, z is the style: what is not the class.
+In M2, z is meant to be the style; before x is seen, it is independent of y.
 
     M1 (section 2.1)          M2 (section 2.2)              M1+M2 (section 3.1.3)
 
@@ -35,7 +35,7 @@ NOTATION (the paper's, whose N is at times N + M)
                 Gaussian data: D coordinates in place of pixels (section 7)
     y           its class, an integer in 0..K-1, [B]
     z, z1, z2   continuous latent variables, [B, Z]
-    p_theta     the generative model: p(y) p(z) p(x|y,z), the last the "decoder"
+    p_theta     the generative model; in M2 p(y) p(z) p(x|y,z), the last the "decoder"
     q_phi       the recognition model or "encoder": q(z|x), q(z|x,y) and the classifier q(y|x)
     L, U, J     losses, i.e. minus a lower bound: labelled (eq. 6), unlabelled (eq. 7), both
                 (eq. 8; the paper writes J for M1's too, eq. 5)
@@ -114,7 +114,7 @@ SETTINGS = {
     "balance": ((None, 5.0, 5.0), (None, 0.0, 0.0), (0.0,),
                 "weight of the KL that keeps classes equally frequent (see M2.imbalance)"),
     "smooth": ((None, 2.0, 1.0), (None, 0.0, 0.0), (0.0,),
-               "distance over which the classifier is kept smooth (see M2.roughness); 0: none"),
+               "distance (in x; in m1+m2 in z1) over which q(y|x) is kept smooth (see M2.roughness)"),
     "beta": ((1.0, None, None), (1.0, None, None), (0.0,), "weight of the KL in eq. 5"),
     "ramp": ((0.15, 0.5, 0.5), (0.0, 0.0, 0.0), (0.0, 1.0),
              "part of training in which M1's KL or M2's U fades in (see objective)"),
@@ -245,9 +245,10 @@ def log_gaussian(x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
 
     The log of the Gaussian density, written with logvar = log sigma^2 so that a network may output
     any real number:  sum_d  -1/2 [ log 2 pi + log sigma_d^2 + (x_d - mu_d)^2 / sigma_d^2 ].
-    As a likelihood its variance is learned: averaged over the data it is highest where sigma^2 is
-    the mean of (x - mu)^2, so errors are weighed in units of their usual size. (With sigma fixed at
-    1, minus this is half the squared error plus a constant; its weight beside the KL is arbitrary.)
+    As a likelihood its variance is learned: over data that share a sigma it is highest where
+    sigma^2 is their mean of (x - mu)^2, so errors are weighed in units of their usual size. (With
+    sigma fixed at 1, minus this is half the squared error plus a constant; its weight beside the KL
+    is arbitrary.)
     """
     mu, logvar = mu.float(), logvar.float()
     return -0.5 * (math.log(2 * math.pi) + logvar + (x - mu) ** 2 * torch.exp(-logvar)).sum(-1)
@@ -314,7 +315,7 @@ LIKELIHOODS = {
 #     -J(x) = log p(x) - KL( q(z|x) || p(z|x) ),
 # so lowering J raises log p(x) or draws q(z|x) to the true posterior: fitting the model and doing
 # inference are one minimisation. The first term of -J rewards z that reconstructs x; the KL is the
-# price, in nats, of what z says about x.
+# price, in nats, of what z says about x (on average at least as much as it says).
 
 
 class M1(nn.Module):
@@ -369,7 +370,7 @@ class M1(nn.Module):
         After the ramp, beta = 1 is eq. 5; beta < 1 lets z say more about x than the best bound
         asks for; with beta = 0 noise would only cost: sigma goes to 0, an autoencoder is left.
         (Without the other term, q(z|x) = p(z) would be best.) Until the ramp ends, and if beta < 1,
-        minus this loss is no lower bound; self.bound is always eq. 5's.
+        minus this loss need not be a lower bound; self.bound is always eq. 5's.
         """
         return self.J(x_u, beta=s["beta"] * fade_in(t, s["ramp"])).mean()
 
@@ -528,7 +529,8 @@ class M2(nn.Module):
         return i, y, p < n
 
     def U(self, x: Tensor, log_q: Tensor | None = None, threshold: float | None = None) -> Tensor:
-        """Eq. 7, [B], nats per image. log_q = log q(y|x), [B, K]; threshold as in the settings."""
+        """Eq. 7, with q~ for q where there is a threshold (see above; None: the setting), [B], nats
+        per image. log_q = log q(y|x), [B, K]."""
         B, K = len(x), self.y_dim
         log_q = self.log_q_y(x) if log_q is None else log_q
         threshold = self.threshold if threshold is None else threshold
@@ -553,18 +555,20 @@ class M2(nn.Module):
         objective). log_q = log q(y|x) of x_l, then x_u, [n_l + n_u, K], if it is known already.
         """
         if log_q is None:
-            log_q = self.log_q_y(torch.cat([x_l, x_u]))  # one batch: normalised alike (not so L, U)
+            log_q = self.log_q_y(torch.cat([x_l, x_u]))  # one call: one set of batch statistics
         loss = share_l * self.L(x_l, y_l).mean() + alpha * F.nll_loss(log_q[: len(x_l)], y_l)
         if len(x_u):
             loss = loss + (1 - share_l) * weight_u * self.U(x_u, log_q[len(x_l) :]).mean()
         return loss
 
     def imbalance(self, log_q: Tensor) -> Tensor:
-        """KL( p(y) || mean of q(y|x) over B images ), log_q [B, K] -> a scalar, nats.
+        """KL( p(y) || mean of q(y|x) over B images ), log_q [B, K] -> a scalar, nats; less if B is
+        small (below).
 
-        In the model the mean of p(y|x) over images is p(y). So it should be for q(y|x): a class
-        that empties costs without limit. Over all images it is 0 for a right q(y|x), if the classes
-        are as frequent as p(y) says.
+        Averaged over x from the model, p(y|x) is p(y). U does not ask that of q(y|x): where q is
+        certain, it pays -log p(y) = log K whichever class it names. This asks it: a class that
+        empties costs without limit. It is 0 for a right q(y|x) if the classes are as frequent as
+        p(y) says; for q(y|x) = 1/K too, but the labels see to that.
         """
         # With p(y) = 1/K: KL = sum_y 1/K [ log 1/K - log mean q(y|x) ]. A minibatch has class
         # counts of its own: even a q(y|x) that is right and certain typically pays about
@@ -575,16 +579,19 @@ class M2(nn.Module):
         return min(1.0, B / (50 * K)) * (-math.log(K) - log_mean_q.mean())
 
     def roughness(self, x: Tensor, log_q: Tensor, distance: float) -> Tensor:
-        """About max KL( q(y|x) || q(y|x+d) ) over all d of length `distance`: x [B, D], log_q =
-        log q(y|x) [B, K] -> [B], nats per image ("virtual adversarial training", Miyato et al.
-        2015, arXiv 1507.00677).
+        """KL( q(y|x) || q(y|x+d) ) at about the worst d of this length (Euclidean): x [B, D],
+        log_q = log q(y|x) [B, K] -> [B], nats per image ("virtual adversarial training", Miyato et
+        al. 2015, arXiv 1507.00677). Here x may be any input of the classifier (the stack's: z1).
 
-        Where this is 0, no image has a boundary between classes within the distance: boundaries are
-        left to places where there are no images. Which d is the worst? At d = 0 the KL is 0, its
-        least, so nearby it is about d' H d / 2, largest along the eigenvector of H with the largest
-        eigenvalue. A step of the power method turns a random d roughly there: to H d, which is the
-        gradient at d. q(y|x) is held constant: it is to draw q(y|x+d) after it, not the other way
-        round. (With dropout the two differ by their draws of it as well, and learn not to.)
+        Where it is small, x probably has no boundary between classes that near: boundaries are left
+        to places where there are few images. Which d is the worst? Without dropout the KL is 0 at
+        d = 0, its least, so for small d it is about d^T C d / 2 (C: its second derivatives at 0),
+        largest along the eigenvector of C with the largest eigenvalue. A step of the power method
+        turns a random d roughly there: to C d, for small d the gradient at d. (Ours is taken at
+        full length, and batch normalisation mixes images, so it is an estimate.) q(y|x) is held
+        constant: it is to draw q(y|x+d) after it, not the other way round. With dropout every call
+        has its own draw, so the KL is above 0 even at d = 0, and q(y|x+d) also learns to depend
+        less on the draw.
         """
         log_q = log_q.detach()
 
@@ -607,18 +614,20 @@ class M2(nn.Module):
         before it hears the generative model, which at first has no opinion worth hearing. (The
         generative model itself learns from U almost at once: its other loss, L, has weight
         N / (N + M), 0.002 for 100 of 50,000, and Adam's steps hardly depend on scale. Until the
-        weight is 1, minus the loss is no lower bound; self.bound always is.)
+        weight is 1, minus the loss need not be a lower bound. After that all that is added is
+        >= 0, and only makes it a looser one. self.bound always is eq. 7's.)
         (2) Dropout keeps q(y|x) from fitting the labels too closely.
         (3) An alpha larger than the paper's keeps them from being outvoted by the many guesses.
         (4) No class may swallow another: balance times imbalance is added, and not faded in,
         because classes are swallowed early.
-        (5) No boundary may pass near an image: roughness is added, labelled images' included. So
-        labels spread along clusters of images, as they do by the TSVM's last term (section 6).
+        (5) A boundary near an image costs: roughness is added, averaged over the minibatch. It
+        moves boundaries to where images are few, as does the TSVM's last term (section 6).
         (6) On MNIST's pixels z has few dimensions: what z can say about the class, y need not say.
         (Validation error after 40 epochs without (5), seed 0: 6.6, 4.1, 6.0 % for 5, 10, 50 of
-        them.) For the same reason z's KL has its full weight beside log p(x|y,z) from the start,
-        unlike M1's. If it faded in, all 10 dimensions would stay active, not 7 to 10 as chance has
-        it, and the bound be better; but z, while cheap, would tell the class itself.
+        them: too few cost accuracy as well.) For the same reason z's KL has its full weight beside
+        log p(x|y,z) from the start, unlike M1's. If it faded in, all 10 dimensions would stay
+        active, not 7 to 10 as chance has it, and the bound be better; but z, while cheap, would
+        tell the class itself.
         """
         seen = torch.cat([x_l, x_u]) if seen is None else seen
         log_q = self.log_q_y(seen)
@@ -668,8 +677,8 @@ class M2(nn.Module):
 #
 # Why stack? On pixels, a digit's class is at most log 10 = 2.3 of the 100 or so nats that an image
 # costs: the strokes' thickness, slant and place cost far more, and a flexible decoder can explain
-# an image well under the wrong class. M1 says in its features some 28 nats about an image of MNIST
-# (its KL), of which 2.3 are a larger share.
+# an image well under the wrong class. M1's features say at most some 28 nats about an image of
+# MNIST (M1's mean KL), of which 2.3 are a larger share.
 #
 # The bound. With z1 and M1's q(z1|x), the derivation of eq. 5 reads
 #     log p(x) >= E_q(z1|x)[ log p(x|z1) + log p(z1) - log q(z1|x) ],
@@ -687,9 +696,10 @@ class M2(nn.Module):
 # the grey image of which x is a draw (Gaussian data have g = x).
 #   z1 is drawn from q(z1|g) in training: the bound holds for each such x, hence on average over
 #     them, and the mean and variance of q(z1|g) are computed once. M1 was trained on x, though, so
-#     the bound is tighter with q(z1|x), and evaluated with it.
-#   q(y|.) sees the mean of q(z1|g), without noise, as when it classifies. (The price is a looser
-#     bound, since y may not depend on the draw.) In the paper's recipe it sees z1 in training.
+#     q(z1|x) should give the tighter bound, which is evaluated with it.
+#   q(y|.) sees the mean of q(z1|g), without noise, as when it classifies. (The price: a looser bound
+#     than with the best q(y|z1), since y may not depend on the draw.) In the paper's recipe it sees
+#     z1 in training.
 # What two stages give up: the bound is still a bound, but no longer maximised over all parameters
 # together; q(z1|x) was fitted to another prior and does not learn of the classes.
 
@@ -714,8 +724,8 @@ class M1M2(nn.Module):
         return torch.cat([mu[:, self.active], logvar[:, self.active]], 1)
 
     def objective(self, x_l, y_l, x_u, share_l: float, t: float, s) -> Tensor:
-        """M2.objective on z1 ~ q(z1|g): of the bound only U and L, since the rest is frozen. They
-        are of densities of z1 (nats, but not those of an image).
+        """M2.objective, all its terms, on z1 ~ q(z1|g): of the bound above only U and L can change,
+        since the rest is frozen. They bound densities of z1 (so they may be negative), not of x.
 
         x_l and x_u are not images but what encode makes of them.
         """
@@ -818,7 +828,8 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, a=0.3, steps=100, spread=0.3) 
     y = argmax_c f_c (changing y from c to d adds g(f_d) - g(f_c), and the function
     g(f) = max(0, 1 - f)^2 - max(0, 1 + f)^2 decreases in f).
 
-    It is not minimised exactly. Again and again every unlabelled point that a label has reached
+    The steps only follow that aim (they leave out f_i's part in its neighbours' m, and m is
+    rescaled below). Again and again every unlabelled point that a label has reached
     minimises the terms of its own index i, its neighbours' last scores held fixed (svm_step; y is
     the argmax of m, since what is left at that f is a / (1 + a) hinge(m, y)). Two things guard
     against poor answers. First, for a part `spread` of the steps, the labels spread without the
