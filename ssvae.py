@@ -114,7 +114,7 @@ SETTINGS = {
     "balance": ((None, 5.0, 5.0), (None, 0.0, 0.0), (0.0,),
                 "weight of the KL that keeps classes equally frequent (see M2.imbalance)"),
     "smooth": ((None, 2.0, 1.0), (None, 0.0, 0.0), (0.0,),
-               "distance (in x; in m1+m2 in z1) over which q(y|x) is kept smooth (see M2.roughness)"),
+               "distance, in x or z1, over which q(y|.) is kept smooth (see M2.roughness)"),
     "beta": ((1.0, None, None), (1.0, None, None), (0.0,), "weight of the KL in eq. 5"),
     "ramp": ((0.15, 0.5, 0.5), (0.0, 0.0, 0.0), (0.0, 1.0),
              "part of training in which M1's KL or M2's U fades in (see objective)"),
@@ -697,9 +697,9 @@ class M2(nn.Module):
 #   z1 is drawn from q(z1|g) in training: the bound holds for each such x, hence on average over
 #     them, and the mean and variance of q(z1|g) are computed once. M1 was trained on x, though, so
 #     q(z1|x) should give the tighter bound, which is evaluated with it.
-#   q(y|.) sees the mean of q(z1|g), without noise, as when it classifies. (The price: a looser bound
-#     than with the best q(y|z1), since y may not depend on the draw.) In the paper's recipe it sees
-#     z1 in training.
+#   q(y|.) sees the mean of q(z1|g), without noise, as when it classifies. (The price: a looser
+#     bound than with the best q(y|z1), since y may not depend on the draw.) In the paper's recipe it
+#     sees z1 in training.
 # What two stages give up: the bound is still a bound, but no longer maximised over all parameters
 # together; q(z1|x) was fitted to another prior and does not learn of the classes.
 
