@@ -698,8 +698,8 @@ class M2(nn.Module):
 #     them, and the mean and variance of q(z1|g) are computed once. M1 was trained on x, though, so
 #     q(z1|x) should give the tighter bound, which is evaluated with it.
 #   q(y|.) sees the mean of q(z1|g), without noise, as when it classifies. (The price: a looser
-#     bound than with the best q(y|z1), since y may not depend on the draw.) In the paper's recipe it
-#     sees z1 in training.
+#     bound than with the best q(y|z1), since y may not depend on the draw.) In the paper's recipe
+#     it sees z1 in training.
 # What two stages give up: the bound is still a bound, but no longer maximised over all parameters
 # together; q(z1|x) was fitted to another prior and does not learn of the classes.
 
