@@ -87,7 +87,7 @@ MODELS = ("m1", "m2", "m1+m2")
 # fmt: off
 SETTINGS = {
     # name: (fast: m1, m2, m1+m2), (paper: the same), (lowest[, highest]) or the choices, meaning
-    "epochs": ((60, 40, 40), (3000, 3000, 3000), (1,), "passes over the training images"),
+    "epochs": ((60, 30, 40), (3000, 3000, 3000), (1,), "passes over the training images"),
     "batch_size": ((500, 500, 500), (500, 500, 500), (1,), "unlabelled images in a minibatch"),
     "batch_labelled": ((None, 100, 100), (None, 0, 0), (0,),
                        "labelled images beside them; 0: batch_size times N/M, at least 1"),
@@ -108,7 +108,7 @@ SETTINGS = {
                  "standard deviation of the initial weights; 0: PyTorch's, 0.5 in M2's y tables"),
     "weight_prior": ((0.0, 0.0, 0.0), (0.0, 1.0, 1.0), (0.0,),
                      "1: N(0, I) is the prior of the weights; 0: none (see train)"),
-    "dropout": ((None, 0.5, 0.0), (None, 0.0, 0.0), (0.0, 0.99), "in the classifier"),
+    "dropout": ((None, 0.2, 0.0), (None, 0.0, 0.0), (0.0, 0.99), "in the classifier"),
     "alpha": ((None, 10.0, 1.0), (None, 0.1, 0.1), (0.0,),
               "weight of the classification loss per image (eq. 9; see WHAT ALPHA IS)"),
     "balance": ((None, 5.0, 5.0), (None, 0.0, 0.0), (0.0,),
@@ -145,7 +145,7 @@ DATASETS = {
         # Features that tell more: 36 dimensions in use, not 13. Eq. 5's KL charges for z1 by the
         # prior N(0, I), which the stack replaces by M2's anyway; so M1 may pay less for it.
         "m1": {"epochs": 30, "hidden": (600, 600), "beta": 0.3, "ramp": 0.5},
-        "m2": {"z_dim": 50, "smooth": 0.0},
+        "m2": {"epochs": 40, "z_dim": 50, "dropout": 0.5, "smooth": 0.0},
         "m1+m2": {"dropout": 0.5, "smooth": 0.0},
     },
     # SVHN's classes are not equally frequent (1: 19 %, 9: 6 %), yet the models keep p(y) = 1/K: a
