@@ -928,13 +928,10 @@ def glyphs(n: int = 70_000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
     font = ImageFont.load_default(46)
     ink = torch.empty(3, 10, 1, 56, 56)  # [stroke, digit, 1, height, width]
-    for stroke in range(3):
-        for digit in range(10):
-            image = Image.new("L", (56, 56))
-            ImageDraw.Draw(image).text(
-                (28, 28), str(digit), fill=255, font=font, anchor="mm", stroke_width=stroke
-            )
-            ink[stroke, digit, 0] = torch.from_numpy(np.array(image)) / 255
+    for stroke, digit in np.ndindex(3, 10):
+        image, how = Image.new("L", (56, 56)), {"anchor": "mm", "stroke_width": stroke}
+        ImageDraw.Draw(image).text((28, 28), str(digit), fill=255, font=font, **how)
+        ink[stroke, digit, 0] = torch.from_numpy(np.array(image)) / 255
     g = torch.Generator().manual_seed(seed)
     x, y = [], torch.randint(10, (n,), generator=g)
     for digit in y.split(1000):
@@ -1253,6 +1250,8 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", make_classify=None)
             "images_per_second": steps * (n_u or n_l) / seconds,
             "seconds": seconds,
         }
+        if math.isnan(row["bound"]):  # the epoch's last update
+            raise Diverged(f"the bound became NaN in epoch {epoch + 1}; try a smaller --lr")
         run.end_epoch(row, model, optimizer)
     model.eval()
 
@@ -1446,17 +1445,16 @@ def pictures(model: nn.Module, classify, data: Data) -> dict:
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: under another name first, then renamed. Raises BadInput."""
     beside = path.with_name(path.name + ".part")
-    try:
+    with or_bad_input(f"cannot write {path}; try another --out-dir"):  # a full disk, ...
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:  # a full disk, no permission, ...
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise BadInput(f"cannot write {path} ({error.strerror}); try another --out-dir") from error
+        try:
+            with open(beside, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def write_pictures(folder: Path, found: dict) -> None:
@@ -1630,27 +1628,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.labels and len(args.labels) > 1 and not args.reproduce:
         raise BadInput("several --labels are for --reproduce; give one")
 
-    # Which options have a meaning depends on what is to be done. Others are refused.
+    # Options without a meaning for what is to be done are refused.
     model = args.model or "m2"
-    mode, meant = f"--model {model}", {"labels", "recipe", "precision", *settings_of(model)}
-    if model == "m1+m2":
-        meant |= {"m1_epochs"}
+    mode = f"--model {model}" + " --m1 FILE" * bool(args.m1)
+    banned = {"nll", "seeds"} | SETTINGS.keys() - settings_of(model)
+    banned |= {"m1"} if model == "m2" else set()
+    if args.m1 or (model != "m1+m2" and (args.model or not args.reproduce)):
+        banned |= {"m1_epochs"}
+    if args.m1 and model == "m1":  # that M1 has its own settings
+        banned |= {"recipe", *SETTINGS} - {"classifier"}
     if args.load:
-        mode, meant = "--load", {"load", "nll"}
-    elif args.reproduce and args.model:
-        mode, meant = f"--reproduce {mode}", meant | {"reproduce", "seeds", "model"}
-    elif args.reproduce:  # of all three models
-        mode = "--reproduce without --model"
-        meant = {"labels", "recipe", "precision", "epochs", "m1_epochs", "reproduce", "seeds"}
-    else:
-        meant |= {"model", "seed", "resume", "overwrite"}
-        if args.m1 and model != "m2":  # that M1 has its own settings
-            mode += " --m1 FILE"
-            no_more = {"m1_epochs"} if model == "m1+m2" else {"recipe", *SETTINGS} - {"classifier"}
-            meant = meant - no_more | {"m1"}
-    meant |= {"dataset", "device", "data_dir", "out_dir", "no_images"}
+        meant = {"load", "nll", "dataset", "device", "data_dir", "out_dir", "no_images"}
+        mode, banned = "--load", vars(args).keys() - meant
+    elif args.reproduce:  # of all three models: no settings but the epochs
+        mode, banned = "--reproduce", banned - {"seeds"} | {"seed", "resume", "overwrite", "m1"}
+        banned |= set() if args.model else SETTINGS.keys() - {"epochs"}
     for name, value in vars(args).items():
-        if name not in meant and value != parser.get_default(name):
+        if name in banned and value != parser.get_default(name):
             raise BadInput(f"--{name.replace('_', '-')} has no meaning with {mode}; drop it")
 
     args.recipe, args.precision = args.recipe or "fast", args.precision or "auto"
@@ -1683,6 +1677,18 @@ def stage_1(s: dict) -> dict:
     return s if s["model"] == "m1" else {k[3:]: v for k, v in s.items() if k.startswith("m1_")}
 
 
+def assemble(s: dict, data: Data, m1: M1 | None = None, active: Tensor | None = None) -> nn.Module:
+    """The untrained model of a run with settings s. The stack: on m1; its M1, without active."""
+    sizes, likelihood = (data.x_test.shape[1], data.y_dim), data.likelihood
+    if s["model"] == "m2":
+        model = build(M2, s, *sizes, likelihood=likelihood)
+    else:
+        model = m1 or build(M1, stage_1(s), sizes[0], likelihood=likelihood)
+    if active is not None:
+        model = M1M2(model, build(M2, s, len(active), sizes[1], likelihood="gaussian"), active)
+    return model.to(data.x_test.device)
+
+
 def rebuild(path: Path, saved: dict, data: Data) -> tuple:
     """The model in a model.pt and its classify; for M1, that on its features.
 
@@ -1690,16 +1696,9 @@ def rebuild(path: Path, saved: dict, data: Data) -> tuple:
     """
     s, x = saved["settings"], pixels(data.x_valid[:2])
     with or_bad_input(f"{path} does not fit this model and data"):
-        if s["model"] == "m2":
-            model = build(M2, s, x.shape[1], data.y_dim, likelihood=data.likelihood)
-        else:
-            model = build(M1, stage_1(s), x.shape[1], likelihood=data.likelihood)
-        if s["model"] == "m1+m2":
-            active = saved["model"]["active"]
-            m2 = build(M2, s, len(active), data.y_dim, likelihood="gaussian")
-            model = M1M2(model, m2, active)
+        model = assemble(s, data, active=saved["model"].get("active"))
         model.load_state_dict(saved["model"])
-        model.to(x.device).eval()
+        model.eval()
         knn = s["model"] == "m1" and KNN(**saved["classifier"])
         classify = (lambda x: knn(model.encode(x)[0])) if knn else model.classify
         if classify(x).shape != (len(x), data.y_dim):
@@ -1796,6 +1795,8 @@ def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, d
             if key != "dataset" and begun.get(key) != value:
                 other = f"{folder} holds a run with {key} {begun.get(key)}, not {value}"
                 raise BadInput(f"{other}; give another --out-dir or --overwrite")
+        if results:
+            summary(results)  # it is all there
     if saved and not args.resume:
         raise BadInput(f"{folder} holds an unfinished run; go on with --resume or --overwrite")
     return results, saved
@@ -1829,7 +1830,7 @@ def choose_settings(args, data: Data, device, saved_m1: dict | None) -> dict:
         "seed": args.seed,
         "device": device.type,
         "precision": auto if args.precision == "auto" else args.precision,
-        "recipe": m1["recipe"] if args.m1 and args.model == "m1" else args.recipe,
+        "recipe": m1.get("recipe") if args.m1 and args.model == "m1" else args.recipe,
         "m1": zlib.crc32(args.m1.read_bytes()) if args.m1 else None,
         "alpha": None,  # m1's
         **s,
@@ -1860,14 +1861,14 @@ def train_and_evaluate(args: argparse.Namespace) -> None:
 
     # Train: M1 where the model has one and none is given, then M1's classifier or M2.
     run = Run(folder, s, saved, data.pca, images=not args.no_images)
-    in_stage_2 = saved and "active" in saved["model"]
-    votes, x_dim = F.one_hot(data.y_l, data.y_dim).float(), data.x_test.shape[1]
-    images, classifier = torch.cat([data.x_l, data.x_u]), None
+    active = saved["model"].get("active") if saved else None  # if known, M1 has been trained
+    votes, classifier = F.one_hot(data.y_l, data.y_dim).float(), None
+    images = torch.cat([data.x_l, data.x_u])
     if args.model != "m2" and m1 is None:
         torch.manual_seed(args.seed)
-        m1 = build(M1, stage_1(s), x_dim, likelihood=data.likelihood).to(device)
+        m1 = assemble(s, data)
         no_labels = data._replace(x_l=images[:0], y_l=data.y_l[:0], x_u=images)
-        if not in_stage_2:
+        if active is None:
             # For the progress lines, a classifier that needs no training: the nearest neighbour.
             def nearest_labelled():
                 knn = KNN(features(m1, data.x_l), votes, 1)
@@ -1881,12 +1882,9 @@ def train_and_evaluate(args: argparse.Namespace) -> None:
         classifier = KNN(z[: len(votes)], votes, k=1) if knn else tsvm(z, data.y_l, data.y_dim)
         model, classify = m1, lambda x: classifier(m1.encode(x)[0])
     else:
-        if args.model == "m2":
-            model = build(M2, s, x_dim, data.y_dim, likelihood=data.likelihood).to(device)
-        else:
-            active = saved["model"]["active"] if in_stage_2 else active_dimensions(m1, images)
-            m2 = build(M2, s, len(active), data.y_dim, likelihood="gaussian")
-            model = M1M2(m1, m2, active).to(device)
+        if m1 and active is None:
+            active = active_dimensions(m1, images)
+        model = assemble(s, data, m1, active)
         train(model, data, s, run)
         classify = model.classify
 
@@ -1914,6 +1912,8 @@ def reproduce(args: argparse.Namespace) -> None:
     All runs of a seed share an M1, which sees no labels; settings on the command line are not M1's,
     unless with --model m1. A finished run is not run again.
     """
+    for N in args.labels:  # is it possible? Better to know now than in hours
+        args.dataset = load_data(args.dataset, args.data_dir, N, 0, "cpu").name
     name = f"reproduce-{Path(args.dataset).name}" + "-paper" * (args.recipe == "paper")
     folder = args.out_dir or Path("runs") / name
     models = [args.model] if args.model else MODELS
@@ -1922,10 +1922,8 @@ def reproduce(args: argparse.Namespace) -> None:
         own |= {"out_dir": out, "model": model, "labels": N, "seed": seed, "resume": True}
         train_and_evaluate(argparse.Namespace(**vars(args) | {"m1": None, "m1_epochs": None} | own))
 
-    for N in args.labels:  # is it possible? Better to know now than in hours
-        load_data(args.dataset, args.data_dir, N, 0, "cpu")
     cells = [(s, N, model) for s in range(args.seeds) for N in args.labels for model in models]
-    results, none = {}, dict.fromkeys(SETTINGS)
+    spent, none = {model: [] for model in models}, dict.fromkeys(SETTINGS)
     for done, (seed, N, model) in enumerate(cells, 1):
         out, m1 = folder / f"{model}-{N}-{seed}", folder / f"shared-m1-{seed}" / "model.pt"
         if model == "m2":
@@ -1940,31 +1938,33 @@ def reproduce(args: argparse.Namespace) -> None:
                 go(m1.parent, "m1", n_labels, seed, **own)
             own = none | {"classifier": args.classifier} if model == "m1" else {}
             go(out, model, N, seed, m1=m1, **own)
-        results[model, N, seed] = json.loads((out / "results.json").read_text())
-        spent = {m: [r["seconds"] for r in results.values() if r["model"] == m] for m in models}
-        table = write_table(folder, models, args.labels, results)
+        spent[model].append(json.loads((out / "results.json").read_text())["seconds"])
+        table = write_table(folder)
         left = sum(np.mean(spent[m]) for _, _, m in cells[done:] if spent[m]) / 60
         print(f"{done} of {len(cells)} runs done, about {left:.0f} minutes left\n", flush=True)
     print(f"\n{table}\nWritten to {folder}/")
 
 
-def write_table(folder: Path, models: list, labels: list, results: dict) -> str:
-    """table.md, which is returned, and table.json: test error in %, mean +- std over the seeds."""
-    dataset = Path(next(iter(results.values()))["dataset"]).name
+def write_table(folder: Path) -> str:
+    """table.md, which is returned, and table.json, of all the runs in folder: test error in %, mean
+    +- std over the seeds."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("m*/results.json"))]
+    dataset, models = Path(results[0]["dataset"]).name, {run["model"] for run in results}
+    models = [model for model in MODELS if model in models]
     lines = [f"Test error in %, {dataset}: mean +- standard deviation (the paper's)", ""]
     lines += ["| N | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
-    for N in labels:
+    for N in sorted({run["labels"] for run in results}):
         cells = []
         for model in models:
-            runs = [r for (m, n, _), r in results.items() if (m, n) == (model, N)]
-            errors = [r["test_error"] for r in runs]
+            runs = [run for run in results if (run["model"], run["labels"]) == (model, N)]
+            errors = [run["test_error"] for run in runs]
             cell = f"{np.mean(errors):.2f}" if errors else "-"
             cell += f" +- {np.std(errors, ddof=1):.2f}" if len(errors) > 1 else ""
             cells.append(cell + (paper_has(runs[0]) if runs else ""))
         lines.append(f"| {N} | " + " | ".join(cells) + " |")
     text = "\n".join(lines) + "\n"
     write_file(folder / "table.md", text.encode())
-    write_file(folder / "table.json", json.dumps(list(results.values()), indent=1).encode())
+    write_file(folder / "table.json", json.dumps(results, indent=1).encode())
     return text
 
 

@@ -1034,6 +1034,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run(small, tmp_path, capsys, monk
     run(*args, code=1)
     assert "epoch 2, step 3" in capsys.readouterr().err and len(calls) == 15
     assert torch.load(tmp_path / "b" / "model.pt", weights_only=True)["rows"][-1]["epoch"] == 1
+    monkeypatch.setattr(ssvae, "mean_bound", lambda *_: float("nan"))  # by the last update
+    run("--dataset", small, "--epochs", 1, "--out-dir", tmp_path / "c", code=1)
+    assert not list((tmp_path / "c").iterdir())
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -1052,8 +1055,11 @@ def test_a_finished_run_is_not_lost(small, tmp_path, capsys):
     (tmp_path / "model.pt").unlink()  # to save space: the results remain
     run(*args)
     assert (tmp_path / "results.json").stat().st_mtime_ns == written
-    (tmp_path / "results.json").write_text("5")
-    run(*args, code=2)
+    figures = ("test_error", "bound", "seconds")
+    settings = {key: value for key, value in before[1].items() if key not in figures}
+    for damaged in (5, settings):
+        (tmp_path / "results.json").write_text(json.dumps(damaged))
+        run(*args, code=2)
     run(*args, "--overwrite")
     assert_same(before, outcome(tmp_path))
 
