@@ -595,7 +595,7 @@ class M2(nn.Module):
         """
         log_q = log_q.detach()
 
-        def kl(d):
+        def kl(d):  # (batch normalisation's running statistics see x + d as well)
             return (log_q.exp() * (log_q - self.log_q_y(x + d))).sum(-1)
 
         d = (distance * F.normalize(torch.randn_like(x))).requires_grad_()
