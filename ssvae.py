@@ -114,7 +114,7 @@ SETTINGS = {
     "balance": ((None, 5.0, 5.0), (None, 0.0, 0.0), (0.0,),
                 "weight of the KL that keeps classes equally frequent (see M2.imbalance)"),
     "smooth": ((None, 2.0, 1.0), (None, 0.0, 0.0), (0.0,),
-               "distance, in x or z1, over which q(y|.) is kept smooth (see M2.roughness)"),
+               "distance in x or z1 over which q(y|.) is kept smooth (M2.roughness); 0: none"),
     "beta": ((1.0, None, None), (1.0, None, None), (0.0,), "weight of the KL in eq. 5"),
     "ramp": ((0.15, 0.5, 0.5), (0.0, 0.0, 0.0), (0.0, 1.0),
              "part of training in which M1's KL or M2's U fades in (see objective)"),
