@@ -87,7 +87,7 @@ MODELS = ("m1", "m2", "m1+m2")
 # fmt: off
 SETTINGS = {
     # name: (fast: m1, m2, m1+m2), (paper: the same), (lowest[, highest]) or the choices, meaning
-    "epochs": ((60, 30, 40), (3000, 3000, 3000), (1,), "passes over the training images"),
+    "epochs": ((60, 40, 60), (3000, 3000, 3000), (1,), "passes over the training images"),
     "batch_size": ((500, 500, 500), (500, 500, 500), (1,), "unlabelled images in a minibatch"),
     "batch_labelled": ((None, 100, 100), (None, 0, 0), (0,),
                        "labelled images beside them; 0: batch_size times N/M, at least 1"),
@@ -145,8 +145,8 @@ DATASETS = {
         # Features that tell more: 36 dimensions in use, not 13. Eq. 5's KL charges for z1 by the
         # prior N(0, I), which the stack replaces by M2's anyway; so M1 may pay less for it.
         "m1": {"epochs": 30, "hidden": (600, 600), "beta": 0.3, "ramp": 0.5},
-        "m2": {"epochs": 40, "z_dim": 50, "dropout": 0.5, "smooth": 0.0},
-        "m1+m2": {"dropout": 0.5, "smooth": 0.0},
+        "m2": {"z_dim": 50, "dropout": 0.5, "smooth": 0.0},
+        "m1+m2": {"epochs": 40, "dropout": 0.5, "smooth": 0.0},
     },
     # SVHN's classes are not equally frequent (1: 19 %, 9: 6 %), yet the models keep p(y) = 1/K: a
     # prior may be wrong and the bounds still hold. It shifts the log-odds of two classes in r(y)
@@ -620,8 +620,8 @@ class M2(nn.Module):
         (3) An alpha larger than the paper's keeps them from being outvoted by the many guesses.
         (4) No class may swallow another: balance times imbalance is added, and not faded in,
         because classes are swallowed early.
-        (5) A boundary near an image costs: roughness is added, averaged over the minibatch. It
-        moves boundaries to where images are few, as does the TSVM's last term (section 6).
+        (5) A boundary near an image costs: roughness is added, averaged over half the minibatch.
+        It moves boundaries to where images are few, as does the TSVM's last term (section 6).
         (6) On MNIST's pixels z has few dimensions: what z can say about the class, y need not say.
         (Validation error after 40 epochs, all without (5), seed 0: 6.6, 4.1, 6.0 % for 5, 10, 50
         of them; one seed each.) For the same reason z's KL has its full weight beside
@@ -634,8 +634,8 @@ class M2(nn.Module):
         loss = self.J_alpha(x_l, y_l, x_u, share_l, s["alpha"], fade_in(t, s["ramp"]), log_q)
         if s["balance"] and len(x_u):
             loss = loss + s["balance"] * self.imbalance(log_q[len(x_l) :])
-        if s["smooth"]:
-            loss = loss + self.roughness(seen, log_q, s["smooth"]).mean()
+        if s["smooth"]:  # over every second image: about as good, at half the price
+            loss = loss + self.roughness(seen[::2], log_q[::2], s["smooth"]).mean()
         return loss
 
     def classify(self, x: Tensor) -> Tensor:
@@ -788,17 +788,27 @@ def nearest(z: Tensor, points: Tensor, k: int) -> Tensor:
     return torch.cat(found)
 
 
-class KNN(NamedTuple):
-    """Scores of z: the mean of the votes of the k points nearest to it. (A labelled point votes 1
-    for its class, 0 for others; the TSVM's points have scores around -1 to 1.)"""
+class NearestPoint(NamedTuple):
+    """Scores of z: the votes of the point nearest to it, 1 for its class and 0 for the others."""
 
     points: Tensor  # [n, Z]
     votes: Tensor  # [n, K]
-    k: int
 
     def __call__(self, z: Tensor) -> Tensor:
         """[B, Z] -> [B, K]; the largest is the answer."""
-        return self.votes[nearest(z, self.points, self.k)].mean(1)
+        return self.votes[nearest(z, self.points, 1)[:, 0]]
+
+
+class KernelMachine(NamedTuple):
+    """Scores of z: W^T phi(z), with phi_r(z) = cos(omega_r . z + phase_r) (see kernel_machine)."""
+
+    omega: Tensor  # [Z, R]
+    phase: Tensor  # [R]
+    W: Tensor  # [R, K]
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """[B, Z] -> [B, K]; the largest is the answer."""
+        return torch.cos(z @ self.omega + self.phase) @ self.W
 
 
 def svm_step(m: Tensor, t: Tensor, a: float) -> Tensor:
@@ -811,9 +821,9 @@ def svm_step(m: Tensor, t: Tensor, a: float) -> Tensor:
     return m + a / (1 + a) * t * F.relu(1 - t * m)
 
 
-def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, a=0.3, steps=100, spread=0.3) -> KNN:
+def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, a=0.3, steps=100, spread=0.3) -> Tensor:
     """Transductive support vector machine on the graph of neighbours. z: [n, Z], the first N of
-    them labelled y_l [N]. A new z then gets the mean score of its k neighbours.
+    them labelled y_l [N]. Returns the scores f [n, K], all -1 where no label has reached a point.
 
     A support vector machine has one score f_c for each class c. Write t_c(y) = +1 if c = y, else
     -1: it wants t_c(y) f_c >= 1 and pays for what is missing, here by its square:
@@ -850,7 +860,37 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, a=0.3, steps=100, spread=0.3) 
             m = torch.where(known, svm_step(m, t, a), m)
         f = m
         f[:N] = t_l
-    return KNN(z, f, k)
+    return f
+
+
+def kernel_machine(z: Tensor, f: Tensor, R=6000) -> KernelMachine:
+    """What the TSVM found, as a smooth function of z that also answers for new ones: a least-squares
+    support vector machine with a Gaussian kernel, fitted to the classes of the largest scores
+    f [n, K] at the points z [n, Z]. Where neighbours outvoted the truth here and there, it does not
+    follow (validation error at N = 3000, seeds 0, 1, 2: 2.4, 2.3, 2.5 % by the
+    mean score of 7 neighbours, 1.9, 2.0, 2.0 % so).
+
+    Random Fourier features (Rahimi and Recht 2007): for omega ~ N(0, I / s^2) and phase uniform on
+    0..2 pi, E[2 cos(omega . u + phase) cos(omega . v + phase)] = E[cos(omega . (u - v))]
+    = exp(-|u - v|^2 / (2 s^2)), the kernel; so a function linear in R such cosines, phi(z), is
+    about one in the kernel's space. With t = +1 for the class and -1 for others, the aim
+        sum_i |W^T phi(z_i) - t_i|^2 + |W|^2
+    is quadratic in W: its gradient is 0 where (I + sum_i phi phi^T) W = sum_i phi t^T.
+    u is z with each dimension times its standard deviation (what M1 hardly uses tells little of the
+    class), s the root mean square of |u - v|: |u - v|^2 is 2 sum_d sd(u_d)^2 on average.
+    """
+    known = f.amax(1) > -1
+    z, t = z[known], 2.0 * F.one_hot(f[known].argmax(1), f.shape[1]) - 1
+    R, sd = min(R, len(z)), z.std(0)
+    width = (2 * (sd**4).sum()).sqrt().clamp_min(1e-9)
+    omega = torch.randn(len(sd), R, device=z.device) * (sd / width)[:, None]
+    phase = 2 * math.pi * torch.rand(R, device=z.device)
+    left, right = torch.eye(R, device=z.device), torch.zeros(R, t.shape[1], device=z.device)
+    for z_some, t_some in zip(z.split(2000), t.split(2000)):
+        phi = torch.cos(z_some @ omega + phase)
+        left.addmm_(phi.T, phi)
+        right.addmm_(phi.T, t_some)
+    return KernelMachine(omega, phase, torch.linalg.solve(left, right))
 
 
 # =================================================================================================
@@ -1487,7 +1527,7 @@ SAVED = {
     "settings": dict,
     "model": dict,
     "optimizer": dict | None,
-    "classifier": dict | None,  # of a finished m1 (see KNN)
+    "classifier": dict | None,  # of a finished m1 (section 6)
     "pca": dict | None,
     "rows": list,  # of log.csv; the last tells the stage and the epochs done in it
     "seconds": float,
@@ -1700,8 +1740,12 @@ def rebuild(path: Path, saved: dict, data: Data) -> tuple:
         model = assemble(s, data, active=saved["model"].get("active"))
         model.load_state_dict(saved["model"])
         model.eval()
-        knn = s["model"] == "m1" and KNN(**saved["classifier"])
-        classify = (lambda x: knn(model.encode(x)[0])) if knn else model.classify
+        if s["model"] == "m1":
+            kind = NearestPoint if s["classifier"] == "knn" else KernelMachine
+            classifier = kind(**saved["classifier"])
+            classify = lambda x: classifier(model.encode(x)[0])
+        else:
+            classify = model.classify
         if classify(x).shape != (len(x), data.y_dim):
             raise ValueError("another number of classes")
     return model, classify
@@ -1872,15 +1916,17 @@ def train_and_evaluate(args: argparse.Namespace) -> None:
         if active is None:
             # For the progress lines, a classifier that needs no training: the nearest neighbour.
             def nearest_labelled():
-                knn = KNN(features(m1, data.x_l), votes, 1)
+                knn = NearestPoint(features(m1, data.x_l), votes)
                 return lambda x: knn(m1.encode(x)[0])
 
             train(m1, no_labels, stage_1(s), run, nearest_labelled)
     torch.manual_seed(args.seed)
     if args.model == "m1":
         z = features(m1, images)
-        knn = s["classifier"] == "knn"
-        classifier = KNN(z[: len(votes)], votes, k=1) if knn else tsvm(z, data.y_l, data.y_dim)
+        if s["classifier"] == "knn":
+            classifier = NearestPoint(z[: len(votes)], votes)
+        else:
+            classifier = kernel_machine(z, tsvm(z, data.y_l, data.y_dim))
         model, classify = m1, lambda x: classifier(m1.encode(x)[0])
     else:
         if m1 and active is None:

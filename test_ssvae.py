@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ssvae
-from ssvae import KNN, M1, M1M2, M2
+from ssvae import M1, M1M2, M2, NearestPoint
 
 HERE = Path(__file__).parent
 DRAWS = 40_000  # of z, where an expectation is compared with an integral
@@ -421,14 +421,13 @@ def test_shapes_and_settings_at_random(seed):
 
 @pytest.mark.parametrize("n", [3, 30, 2003])
 def test_knn_against_numpy(n):
-    """Neighbours and votes against a full sort of all distances."""
+    """Neighbours and the nearest one's class against a full sort of all distances."""
     points, y, z = torch.randn(n, 4), torch.randint(3, (n,)), torch.randn(50, 4)
-    votes = KNN(points, F.one_hot(y, 3).float(), k=5)(z).numpy()
+    answers = NearestPoint(points, F.one_hot(y, 3).float())(z).argmax(1)
     for i in range(50):
         nearest = np.argsort(((points - z[i]) ** 2).sum(1).numpy())[:5]
         assert (ssvae.nearest(z, points, 5)[i].numpy() == nearest).all()
-        share = np.bincount(y[nearest].numpy(), minlength=3) / min(n, 5)
-        assert np.allclose(votes[i], share)
+        assert answers[i] == y[nearest[0]]
 
 
 def test_svm_step_is_the_minimum():
@@ -460,21 +459,41 @@ def test_tsvm_uses_unlabelled_points():
     ends = torch.where(y == 0, z[:, 0] < -0.5, z[:, 0] > 0.5).nonzero().squeeze(1)[:20]
     order = torch.cat([ends, torch.arange(2 * n)[~torch.isin(torch.arange(2 * n), ends)]])
     z, y = z[order], y[order]
-    far = (z[:20] * torch.tensor([1.0, 0.3]), F.one_hot(y[:20], 2).float(), 1)
-    assert (KNN(*far)(z).argmax(1) != y).float().mean() > 0.15
-    svm = ssvae.tsvm(z, y[:20], 2)
-    assert (svm(z).argmax(1) != y).float().mean() < 0.02
-    assert torch.equal(svm.votes[:20].argmax(1), y[:20])
-    share = (svm.votes.argmax(1) == 0).float().mean()
-    assert 0.4 < share < 0.6
+    far = NearestPoint(z[:20] * torch.tensor([1.0, 0.3]), F.one_hot(y[:20], 2).float())
+    assert (far(z).argmax(1) != y).float().mean() > 0.15
+    answers = ssvae.tsvm(z, y[:20], 2).argmax(1)
+    assert (answers != y).float().mean() < 0.02
+    assert torch.equal(answers[:20], y[:20])
+    assert 0.4 < (answers == 0).float().mean() < 0.6
 
 
 def test_tsvm_leaves_points_without_a_labelled_neighbour_undecided():
     """A cluster that no label can reach keeps the score of no class."""
     torch.manual_seed(0)
     z = torch.cat([torch.randn(40, 2), 50 + torch.randn(20, 2)])
-    svm = ssvae.tsvm(z, torch.tensor([0, 1]), 2, k=5)
-    assert (svm.votes[40:] == -1).all() and (svm.votes[:40] > -1).any(1).all()
+    f = ssvae.tsvm(z, torch.tensor([0, 1]), 2, k=5)
+    assert (f[40:] == -1).all() and (f[:40] > -1).any(1).all()
+
+
+def test_kernel_machine_has_the_gaussian_kernel_and_minimises_its_aim():
+    """The cosines' products against exp(-|u - v|^2 / (2 s^2)), and the aim at W against its
+    minimum by lstsq in float64 on the points that a label has reached."""
+    torch.manual_seed(0)
+    z, f = torch.randn(3000, 3) * torch.tensor([2.0, 1.0, 0.5]), torch.randn(3000, 4)
+    f[:500] = -1.0  # reached by no label
+    machine = ssvae.kernel_machine(z, f, R=2000)
+    phi = torch.cos(z @ machine.omega + machine.phase)[500:].double()
+    t = torch.where(f == f.amax(1, keepdim=True), 1.0, -1.0)[500:].double()
+    left, right = torch.cat([phi, torch.eye(2000)]), torch.cat([t, torch.zeros(2000, 4)])
+    least = torch.linalg.lstsq(left, right).solution
+    aim, minimum = ((left @ W - right).square().sum() for W in (machine.W.double(), least))
+    assert minimum <= aim < 1.0002 * minimum
+    u = z[500:] * z[500:].std(0)
+    apart = torch.cdist(u, u).double() ** 2
+    s2 = apart.mean()  # s^2 is the mean of |u - v|^2
+    kernel = torch.exp(-apart / (2 * s2))
+    assert (2 / 2000 * phi @ phi.T - kernel).square().mean().sqrt() < 0.03
+    assert torch.equal(machine(z[:2]), torch.cos(z[:2] @ machine.omega + machine.phase) @ machine.W)
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -522,7 +541,7 @@ def test_glyphs_are_reproducible_and_not_solved_by_100_labels():
     assert x.shape == (4000, 28, 28) and x.dtype == torch.uint8
     assert np.array_equal(ssvae.glyphs(4000)[0], x) and sorted(set(y.tolist())) == list(range(10))
     x = x.flatten(1) / 255
-    knn = KNN(x[:100], F.one_hot(y[:100], 10).float(), 1)
+    knn = NearestPoint(x[:100], F.one_hot(y[:100], 10).float())
     assert ssvae.error_rate(knn, x[1000:], y[1000:]) > 30
 
 
