@@ -864,26 +864,27 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, a=0.3, steps=100, spread=0.3) 
 
 
 def kernel_machine(z: Tensor, f: Tensor, R=6000) -> KernelMachine:
-    """What the TSVM found, as a smooth function of z that also answers for new ones: a least-squares
-    support vector machine with a Gaussian kernel, fitted to the classes of the largest scores
-    f [n, K] at the points z [n, Z]. Where neighbours outvoted the truth here and there, it does not
-    follow (validation error at N = 3000, seeds 0, 1, 2: 2.4, 2.3, 2.5 % by the
-    mean score of 7 neighbours, 1.9, 2.0, 2.0 % so).
+    """A least-squares support vector machine with a Gaussian kernel, fitted to what the TSVM found:
+    the classes of the largest scores f [n, K] at the points z [n, Z]. It answers for a new z, and,
+    being smooth, does not follow where neighbours went wrong here and there. (Validation error at
+    N = 3000, seeds 0, 1, 2: 2.4, 2.3, 2.5 % by the mean score of 7 neighbours, 1.9, 2.0, 2.0 % so.)
 
-    Random Fourier features (Rahimi and Recht 2007): for omega ~ N(0, I / s^2) and phase uniform on
-    0..2 pi, E[2 cos(omega . u + phase) cos(omega . v + phase)] = E[cos(omega . (u - v))]
-    = exp(-|u - v|^2 / (2 s^2)), the kernel; so a function linear in R such cosines, phi(z), is
-    about one in the kernel's space. With t = +1 for the class and -1 for others, the aim
+    Random Fourier features (Rahimi and Recht 2007): for omega ~ N(0, I / s^2) and a phase uniform
+    on 0..2 pi, the mean of 2 cos(omega . u + phase) cos(omega . v + phase) is that of
+    cos(omega . (u - v)), since the cosine of the sum averages to 0: exp(-|u - v|^2 / (2 s^2)), the
+    kernel. So W^T phi(z), with R such cosines for phi(z), is about a function in the kernel's
+    space. With t = +1 for a point's class and -1 for the others, the aim
         sum_i |W^T phi(z_i) - t_i|^2 + |W|^2
-    is quadratic in W: its gradient is 0 where (I + sum_i phi phi^T) W = sum_i phi t^T.
-    u is z with each dimension times its standard deviation (what M1 hardly uses tells little of the
-    class), s the root mean square of |u - v|: |u - v|^2 is 2 sum_d sd(u_d)^2 on average.
+    is quadratic in W; its gradient is 0 where (I + sum_i phi phi^T) W = sum_i phi t^T.
+    Here u is z with every dimension times its standard deviation (one that M1 hardly uses tells
+    little of the class), and s the root mean square of |u - v|: on average, |u - v|^2 is
+    2 sum_d sd(u_d)^2, where sd(u_d) = sd(z_d)^2.
     """
     known = f.amax(1) > -1
     z, t = z[known], 2.0 * F.one_hot(f[known].argmax(1), f.shape[1]) - 1
     R, sd = min(R, len(z)), z.std(0)
-    width = (2 * (sd**4).sum()).sqrt().clamp_min(1e-9)
-    omega = torch.randn(len(sd), R, device=z.device) * (sd / width)[:, None]
+    s = (2 * (sd**4).sum()).sqrt().clamp_min(1e-9)
+    omega = torch.randn(len(sd), R, device=z.device) * (sd / s)[:, None]  # so omega . z, not u
     phase = 2 * math.pi * torch.rand(R, device=z.device)
     left, right = torch.eye(R, device=z.device), torch.zeros(R, t.shape[1], device=z.device)
     for z_some, t_some in zip(z.split(2000), t.split(2000)):
