@@ -110,7 +110,7 @@ SETTINGS = {
                      "1: N(0, I) is the prior of the weights; 0: none (see train)"),
     "dropout": ((None, 0.2, 0.0), (None, 0.0, 0.0), (0.0, 0.99), "in the classifier"),
     "alpha": ((None, 10.0, 1.0), (None, 0.1, 0.1), (0.0,),
-              "weight of the classification loss per image (eq. 9; see WHAT ALPHA IS)"),
+              "weight of the mean classification loss (see WHAT ALPHA IS)"),
     "balance": ((None, 5.0, 5.0), (None, 0.0, 0.0), (0.0,),
                 "weight of the KL that keeps classes equally frequent (see M2.imbalance)"),
     "smooth": ((None, 2.0, 1.0), (None, 0.0, 0.0), (0.0,),
@@ -339,8 +339,7 @@ class M1(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mu and logvar of q(z|x), both [B, Z]. mu is the feature vector of x (section 2.1)."""
-        mu, logvar = self.q_z(x).float().chunk(2, -1)
-        return mu, logvar
+        return self.q_z(x).float().chunk(2, -1)
 
     def decode(self, z: Tensor) -> tuple[Tensor, ...]:
         """Parameters of p(x|z), each [B, D]: the logits, or the mean and the log-variance."""
@@ -424,8 +423,8 @@ class M1(nn.Module):
 #
 # THE WHOLE SET of N labelled and M unlabelled images:
 #     J = sum_labelled L(x,y) + sum_unlabelled U(x)                                          (eq. 8)
-# L(x,y) does not contain q(y|x): of labels, the classifier we want would hear only from the
-# generative model, by U. So it is given them as well, by a loss that the bound does not need:
+# L(x,y) does not contain q(y|x): labels would reach the classifier we want only by way of the
+# generative model, through U. So it is given them as well, by a loss the bound does not need:
 #     J^alpha = J + alpha * E_labelled[ -log q(y|x) ]                                        (eq. 9)
 # The added term is >= 0, so -J^alpha <= -J is a lower bound as well, if a looser one.
 #
@@ -466,10 +465,8 @@ class M2(nn.Module):
         super().__init__()
         self.y_dim, self.threshold = y_dim, min(threshold, 0.5 / y_dim)  # so the largest stays
         self.outputs, self.log_density, self.mean = LIKELIHOODS[likelihood]
-        how = {"activation": activation, "init_std": init_std}
-        self.q_y = mlp(
-            x_dim, *hidden, y_dim, batch_norm=batch_norm != "none", dropout=dropout, **how
-        )
+        how = {"activation": activation, "init_std": init_std, "batch_norm": batch_norm != "none"}
+        self.q_y = mlp(x_dim, *hidden, y_dim, dropout=dropout, **how)
         how["batch_norm"] = batch_norm == "all"
         # q(z|x,y) and p(x|y,z) take two inputs. Their first layer is linear in [x, one-hot(y)]:
         # W [x, one-hot(y)] = W_x x + (column y of W_y). So W_x is the first layer of an ordinary
@@ -479,8 +476,7 @@ class M2(nn.Module):
         # from the start.
         self.q_z = mlp(x_dim, *hidden, 2 * z_dim, **how)
         self.q_z_y = nn.Embedding(y_dim, hidden[0])
-        outputs = x_dim * self.outputs
-        self.p_x = mlp(z_dim, *reversed(hidden), outputs, **how)
+        self.p_x = mlp(z_dim, *reversed(hidden), x_dim * self.outputs, **how)
         self.p_x_y = nn.Embedding(y_dim, hidden[-1])
         for table in (self.q_z_y, self.p_x_y):
             nn.init.normal_(table.weight, std=init_std or 0.5)
@@ -493,8 +489,7 @@ class M2(nn.Module):
         """mu and logvar of q(z|x_i,y) for P pairs: x [B, D], y [P], i [P] (see L) -> [P, Z]."""
         h = self.q_z[0](x)
         h = h if i is None else h.index_select(0, i)
-        mu, logvar = self.q_z[1:](h + self.q_z_y(y).to(h.dtype)).float().chunk(2, -1)
-        return mu, logvar
+        return self.q_z[1:](h + self.q_z_y(y).to(h.dtype)).float().chunk(2, -1)
 
     def decode(self, y: Tensor, z: Tensor) -> tuple[Tensor, ...]:
         """Parameters of p(x|y,z), each [P, D]: the logits, or the mean and the log-variance."""
@@ -562,18 +557,18 @@ class M2(nn.Module):
         return loss
 
     def imbalance(self, log_q: Tensor) -> Tensor:
-        """KL( p(y) || mean of q(y|x) over B images ), log_q [B, K] -> a scalar, nats; less if B is
-        small (below).
+        """KL( p(y) || mean of q(y|x) over B images ), log_q [B, K] -> a scalar, nats; times
+        B / (50 K) where that is below 1.
 
         Averaged over x from the model, p(y|x) is p(y). U does not ask that of q(y|x): where q is
         certain, it pays -log p(y) = log K whichever class it names. This asks it: a class that
         empties costs without limit. It is 0 for a right q(y|x) if the classes are as frequent as
-        p(y) says; for q(y|x) = 1/K too, but the labels see to that.
+        p(y) says; for q(y|x) = 1/K too, but that the labels exclude.
         """
         # With p(y) = 1/K: KL = sum_y 1/K [ log 1/K - log mean q(y|x) ]. A minibatch has class
         # counts of its own: even a q(y|x) that is right and certain typically pays about
         # (K - 1) / (2 B), if B is many times K (far more if it lacks a class). The factor keeps
-        # that below 0.01 nats.
+        # that below 0.01 nats, before the weight s["balance"].
         B, K = log_q.shape
         log_mean_q = torch.logsumexp(log_q, 0) - math.log(B)
         return min(1.0, B / (50 * K)) * (-math.log(K) - log_mean_q.mean())
@@ -584,14 +579,14 @@ class M2(nn.Module):
         al. 2015, arXiv 1507.00677). Here x is what the classifier sees (the stack's: see there).
 
         Where it is small, x probably has no boundary between classes that near: boundaries are left
-        to places where there are few images. Which d is the worst? Without dropout the KL is 0 at
-        d = 0, its least, so for small d it is about d^T C d / 2 (C: its second derivatives at 0),
-        largest along the eigenvector of C with the largest eigenvalue. A step of the power method
-        turns a random d roughly there: to C d, for small d the gradient at d. (Ours is taken at
-        full length, and batch normalisation mixes images, so it is an estimate.) q(y|x) is held
-        constant: it is to draw q(y|x+d) after it, not the other way round. With dropout every call
-        has its own draw, so the KL is above 0 even at d = 0, and q(y|x+d) also learns to depend
-        less on the draw.
+        to places where there are few images. Which d is the worst? Of one function q, the KL is 0
+        at d = 0, its least, so for small d it is about d^T C d / 2 (C: its second derivatives at
+        0), largest along the eigenvector of C with the largest eigenvalue. A step of the power
+        method turns a random d roughly there: to C d, for small d the gradient at d. (Ours is taken
+        at full length: an estimate.) q(y|x) is held constant: it is to draw q(y|x+d) after it, not
+        the other way round. With dropout, and with batch normalisation where log_q comes from a
+        larger minibatch, the KL is above 0 even at d = 0 and the direction rougher; q(y|x+d) then
+        also learns to depend less on the dropout's draw and on the other images.
         """
         log_q = log_q.detach()
 
@@ -620,8 +615,9 @@ class M2(nn.Module):
         (3) An alpha larger than the paper's keeps them from being outvoted by the many guesses.
         (4) No class may swallow another: balance times imbalance is added, and not faded in,
         because classes are swallowed early.
-        (5) A boundary near an image costs: roughness is added, averaged over half the minibatch.
-        It moves boundaries to where images are few, as does the TSVM's last term (section 6).
+        (5) A boundary near an image costs: roughness is added, with weight 1 (s["smooth"] is its
+        distance), averaged over every second image of the minibatch, labelled or not. It moves
+        boundaries to where images are few, as does the TSVM's last term (section 6).
         (6) On MNIST's pixels z has few dimensions: what z can say about the class, y need not say.
         (Validation error after 40 epochs, all without (5), seed 0: 6.6, 4.1, 6.0 % for 5, 10, 50
         of them; one seed each.) For the same reason z's KL has its full weight beside
@@ -686,8 +682,8 @@ class M2(nn.Module):
 # eq. 7 gives a bound, log p(z1) >= -U(z1). Hence
 #     log p(x) >= E_q(z1|x)[ log p(x|z1) - U(z1) - log q(z1|x) ].
 # (M1 leaves some dimensions of z1 unused: their mean hardly varies, q(z1_d|x) is close to N(0, 1).
-# They keep N(0, 1) as a factor of p(z1), its log is added, and z1 in U means the others, the active
-# ones.)
+# M2 models only the others, the active ones; they are what z1 means in U and L, and p(z1) has the
+# unused ones' N(0, 1) as a factor, whose log is added.)
 # Training is in two stages. M1 is trained with p(z1) = N(0, I) and then frozen: p(x|z1) and q(z1|x)
 # no longer change, so raising this bound is lowering E_q(z1|x)[ U(z1) ]: M2, with a Gaussian
 # p(z1|y,z2), on a fresh draw of z1 at every visit of x. For labelled x, log p(x,y) has the same
@@ -697,9 +693,9 @@ class M2(nn.Module):
 #   z1 is drawn from q(z1|g) in training: the bound holds for each such x, hence on average over
 #     them, and the mean and variance of q(z1|g) are computed once. M1 was trained on x, though, so
 #     q(z1|x) should give the tighter bound, which is evaluated with it.
-#   q(y|.) sees the mean of q(z1|g) (evaluated, like z1: of q(z1|x)), without noise, as when it
-#     classifies. The price: a looser bound than with the best q(y|z1), since y may not depend on
-#     the draw. In the paper's recipe it sees z1 in training.
+#   q(y|.) sees the mean of q(z1|g), without noise, as when it classifies (where the bound is
+#     evaluated, both use q(z1|x)). The price: a looser bound than with the best q(y|z1), since y
+#     may not depend on the draw. In the paper's recipe it sees z1 in training.
 # What two stages give up: the bound is still a bound, but no longer maximised over all parameters
 # together; q(z1|x) was fitted to another prior and does not learn of the classes.
 
@@ -720,8 +716,7 @@ class M1M2(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """mu and logvar of the active dimensions of q(z1|x), side by side: [B, 2 active]."""
-        mu, logvar = self.m1.encode(x)
-        return torch.cat([mu[:, self.active], logvar[:, self.active]], 1)
+        return torch.cat([h[:, self.active] for h in self.m1.encode(x)], 1)
 
     def objective(self, x_l, y_l, x_u, share_l: float, t: float, s) -> Tensor:
         """M2.objective on z1 ~ q(z1|g), its q(y|.) at what it sees (above). Of the bound only U and
@@ -831,21 +826,21 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, a=0.3, steps=100, spread=0.3) 
     Without more, many f fit the N labels. The usual remedy is a small norm of f in a kernel's
     space; ours is that f be smooth where the data are: let m_i be the mean of f over the k nearest
     neighbours of point i. An unlabelled point has no y, so y is minimised over as well. The aim:
-        sum_i |f_i - m_i|^2 + a * sum_unlabelled min_y hinge(f_i, y),
+        sum_unlabelled [ |f_i - m_i|^2 + a * min_y hinge(f_i, y) ],
         with f_i = t(y_i), all +1 or -1, at the labelled points.
     The last term makes it a transductive SVM: it pushes unlabelled points to a side, and so the
-    boundary of each class, where f_c changes sign, to where there are few points. The minimum is at
-    y = argmax_c f_c (changing y from c to d adds g(f_d) - g(f_c), and the function
-    g(f) = max(0, 1 - f)^2 - max(0, 1 + f)^2 decreases in f).
+    boundary of each class, where f_c changes sign, to where there are few points. (Without it,
+    a = 0, labels would only spread among neighbours.) The best y is argmax_c f_c: changing y from c
+    to d adds g(f_d) - g(f_c), and g(f) = max(0, 1 - f)^2 - max(0, 1 + f)^2 decreases in f.
 
-    The steps only follow that aim (they leave out f_i's part in its neighbours' m, and m is
-    rescaled below). Again and again every unlabelled point that a label has reached
-    minimises the terms of its own index i, its neighbours' last scores held fixed (svm_step; y is
-    the argmax of m, since what is left at that f is a / (1 + a) hinge(m, y)). Two things guard
-    against poor answers. First, for a part `spread` of the steps, the labels spread without the
-    last term, from f = -1 (of no class): an early wrong guess would spread. Second, from then on m
+    That is a guide, not what is minimised: no step is sure to lower it. At first all unlabelled
+    points have f = -1, no class, and for a part `spread` of the steps labels spread without the
+    last term, f = m: an early wrong guess would spread too. After that, every unlabelled point that
+    a label has reached minimises the two terms of its own index i, its neighbours' last scores held
+    fixed (svm_step. Which y? At that f, a / (1 + a) hinge(m, y) is left: the argmax of m). And m
     is scaled before the step, so that every class has its share, taken to be 1/K as p(y) has it
-    (not SVHN's): (m + 1) / 2, about 1 within the class and 0 elsewhere, gets that mean.
+    (for SVHN too, whose classes' are others): (m + 1) / 2, about 1 within the class and 0
+    elsewhere, gets that mean.
     """
     N, t_l = len(y_l), 2.0 * F.one_hot(y_l, y_dim) - 1
     neighbours = nearest(z, z, k + 1)[:, 1:]  # the nearest is the point itself, or its double
@@ -869,22 +864,23 @@ def kernel_machine(z: Tensor, f: Tensor, R=6000) -> KernelMachine:
     being smooth, does not follow where neighbours went wrong here and there. (Validation error at
     N = 3000, seeds 0, 1, 2: 2.4, 2.3, 2.5 % by the mean score of 7 neighbours, 1.9, 2.0, 2.0 % so.)
 
+    Distances are those of u, z with every dimension times its standard deviation (one that M1
+    hardly uses tells little of the class). The kernel of two points is exp(-|u - v|^2 / (2 s^2)),
+    s being the root mean square of |u - v|: s^2 = 2 sum_d sd(u_d)^2, where sd(u_d) = sd(z_d)^2.
+
     Random Fourier features (Rahimi and Recht 2007): for omega ~ N(0, I / s^2) and a phase uniform
-    on 0..2 pi, the mean of 2 cos(omega . u + phase) cos(omega . v + phase) is that of
-    cos(omega . (u - v)), since the cosine of the sum averages to 0: exp(-|u - v|^2 / (2 s^2)), the
-    kernel. So W^T phi(z), with R such cosines for phi(z), is about a function in the kernel's
-    space. With t = +1 for a point's class and -1 for the others, the aim
+    on 0..2 pi, 2 cos(omega . u + phase) cos(omega . v + phase) is the cosine of the difference plus
+    that of the sum. The latter averages to 0, cos(omega . (u - v)) to the kernel. So W^T phi(z),
+    with R such cosines for phi(z), is about a function in the kernel's space, and |W|^2 its squared
+    norm there times 2/R. With t = +1 for a point's class and -1 for the others, the aim
         sum_i |W^T phi(z_i) - t_i|^2 + |W|^2
     is quadratic in W; its gradient is 0 where (I + sum_i phi phi^T) W = sum_i phi t^T.
-    Here u is z with every dimension times its standard deviation (one that M1 hardly uses tells
-    little of the class), and s the root mean square of |u - v|: on average, |u - v|^2 is
-    2 sum_d sd(u_d)^2, where sd(u_d) = sd(z_d)^2.
     """
     known = f.amax(1) > -1
     z, t = z[known], 2.0 * F.one_hot(f[known].argmax(1), f.shape[1]) - 1
     R, sd = min(R, len(z)), z.std(0)
     s = (2 * (sd**4).sum()).sqrt().clamp_min(1e-9)
-    omega = torch.randn(len(sd), R, device=z.device) * (sd / s)[:, None]  # so omega . z, not u
+    omega = torch.randn(len(sd), R, device=z.device) * (sd / s)[:, None]  # sd: for z in place of u
     phase = 2 * math.pi * torch.rand(R, device=z.device)
     left, right = torch.eye(R, device=z.device), torch.zeros(R, t.shape[1], device=z.device)
     for z_some, t_some in zip(z.split(2000), t.split(2000)):
