@@ -1344,8 +1344,8 @@ def active_dimensions(m1: M1, images: Tensor) -> Tensor:
 
 
 # COMMON MISTAKES, and what each does (test error on MNIST, N = 100, seed 0, ten epochs, in bfloat16
-# by commit 5203279, which had no roughness; differences of 1 or 2 are noise; some are the paper's
-# settings, which its recipe gives 3000 epochs).
+# by commit 5203279, which had no roughness and no kernel machine; differences of 1 or 2 are noise;
+# some are the paper's settings, which its recipe gives 3000 epochs).
 # M2 without a mistake, --model m2 --epochs 10 --smooth 0 --dropout 0.5: 10.0 %.
 #   y drawn from q(y|x) instead of summed over. No gradient reaches q(y|x) through a draw:
 #     only the entropy, which wants it uncertain, the balance and the labels teach it      69.1 %
