@@ -630,7 +630,7 @@ class M2(nn.Module):
         loss = self.J_alpha(x_l, y_l, x_u, share_l, s["alpha"], fade_in(t, s["ramp"]), log_q)
         if s["balance"] and len(x_u):
             loss = loss + s["balance"] * self.imbalance(log_q[len(x_l) :])
-        if s["smooth"]:  # over every second image: about as good, at half the price
+        if s["smooth"]:  # over every second image: at half the price
             loss = loss + self.roughness(seen[::2], log_q[::2], s["smooth"]).mean()
         return loss
 
