@@ -3,7 +3,8 @@ r"""Semi-supervised learning with deep generative models: M1, M2 and M1+M2, in o
     D. P. Kingma, D. J. Rezende, S. Mohamed, M. Welling,
     "Semi-Supervised Learning with Deep Generative Models", NIPS 2014, arXiv 1406.5298v2.
 
-Equations and sections (eq. 5, section 2.1) are that paper's; 1. to 11. are this file's. Run it:
+Equations and sections like "eq. 5" and "section 2.1" are that paper's; this file's sections are
+1 SETTINGS to 11 THE COMMAND LINE. Run it:
 
     python ssvae.py --model m2 --dataset mnist
 
@@ -31,8 +32,8 @@ the latent variables, so we raise a lower bound on it that we can compute (deriv
 
 NOTATION (the paper's, whose N is at times N + M)
     x           an image as a vector of D pixels, [B, D] in a minibatch of B; a binary one is drawn
-                from a grey one (a pixel is the probability of being on), afresh at every visit;
-                Gaussian data: D coordinates in place of pixels (section 7)
+                from a grey one (a grey pixel is its probability of being on), afresh at every
+                visit; Gaussian data: D coordinates in place of pixels (7 DATA)
     y           its class, an integer in 0..K-1, [B]
     z, z1, z2   continuous latent variables, [B, Z]
     p_theta     the generative model; in M2 p(y) p(z) p(x|y,z), the last the "decoder"
@@ -80,20 +81,20 @@ from torch import Tensor, nn
 # "fast" (the default) was chosen on MNIST with N = 100, by the error on the 10,000 validation
 # images (whose labels are used for that, as in the paper: N labels alone would be a poor guide);
 # "paper" is what the paper and its authors' code publish (but "tsvm", a transductive SVM, is ours:
-# section 6). For the stack, M1's stage takes the column m1, its M2 stage the column m1+m2. Every
-# row is also an option: --batch-size 200, say.
+# 6 CLASSIFIERS). For the stack, M1's stage takes the column m1, its M2 stage the column m1+m2.
+# Every row is also an option: --batch-size 200, say.
 
 MODELS = ("m1", "m2", "m1+m2")
 # fmt: off
 SETTINGS = {
     # name: (fast: m1, m2, m1+m2), (paper: the same), (lowest[, highest]) or the choices, meaning
-    "epochs": ((50, 40, 45), (3000, 3000, 3000), (1,), "passes over the training images"),
+    "epochs": ((50, 40, 45), (3000, 3000, 3000), (1,), "passes over the unlabelled images"),
     "batch_size": ((500, 500, 500), (500, 500, 500), (1,), "unlabelled images in a minibatch"),
     "batch_labelled": ((None, 100, 100), (None, 0, 0), (0,),
                        "labelled images beside them; 0: batch_size times N/M, at least 1"),
     "lr": ((3e-3, 2e-3, 3e-3), (3e-4, 3e-4, 3e-4), (1e-99,), "Adam's initial step size"),
     "lr_decay": ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (0.0, 1.0),
-                 "part of it that is lost, linearly, in the course of training"),
+                 "part of lr that is lost, linearly, in the course of training"),
     "z_dim": ((50, 10, 50), (50, 50, 50), (1, 9999),
               "dimensions of z (z2 in m1+m2); 2: styles.png is drawn"),
     "hidden": (((1000, 1000), (500, 500), (500, 500)), ((600, 600), (500, 500), (500,)), (1, 9999),
@@ -119,7 +120,7 @@ SETTINGS = {
     "ramp": ((0.15, 0.5, 0.5), (0.0, 0.0, 0.0), (0.0, 1.0),
              "part of training in which M1's KL or M2's U fades in (see objective)"),
     "threshold": ((None, 0.01, 0.01), (None, 0.0, 0.0), (0.0, 1.0),
-                  "labels with q(y|x) below it, or 1/(2K) if less, are left out of U; GPUs: 0"),
+                  "labels with q(y|x) below it and 1/(2K) are left out of U; GPUs: 0"),
     "classifier_sees": ((None, None, "mean"), (None, None, "draw"), ("mean", "draw"),
                         "the stack's q(y|x) is given the mean of q(z1|x) or the draw z1"),
     "classifier": (("tsvm", None, None), ("tsvm", None, None), ("tsvm", "knn"),
@@ -177,7 +178,7 @@ class BatchNorm(nn.BatchNorm1d):
     """Batch normalisation over [B, D]; a minibatch of one is normalised by running statistics.
 
     In training, a decoder with it depends on its whole minibatch, so the loss is no exact bound of
-    one model (q may depend on anything); evaluation uses the running statistics: there it is.
+    one model (q may depend on anything); evaluation uses the running statistics: there it is exact.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -298,7 +299,7 @@ def fade_in(t: float, ramp: float) -> float:
 # Bernoulli: a pixel is on or off. Right for ink on paper; grey is read as the probability of on.
 # Gaussian: x is any real number, its noise independent from dimension to dimension. Right for
 # shades and colours once neighbouring pixels, far from independent, are rotated to principal
-# components (7. DATA). Its bounds, of densities, do not compare with those of binary images.
+# components (7 DATA). Its bounds, of densities, do not compare with those of binary images.
 LIKELIHOODS = {
     "bernoulli": (1, log_bernoulli, torch.sigmoid),  # one logit a pixel
     "gaussian": (2, log_gaussian, lambda mu, logvar: mu),  # a mean and a log-variance a dimension
@@ -319,7 +320,7 @@ LIKELIHOODS = {
 #     -J(x) = log p(x) - KL( q(z|x) || p(z|x) ),
 # so lowering J raises log p(x) or draws q(z|x) to the true posterior: fitting the model and doing
 # inference are one minimisation. The first term of -J rewards z that reconstructs x; the KL is the
-# price, in nats, of what z says about x (on average at least as much as it says).
+# price, in nats, of what z says about x (on average, at least their mutual information).
 
 
 class M1(nn.Module):
@@ -360,7 +361,7 @@ class M1(nn.Module):
         return -self.log_p_x(x, z) + beta * kl_gaussian(mu, logvar)
 
     def objective(self, x_l, y_l, x_u, share_l: float, t: float, s) -> Tensor:
-        """Training loss, a scalar in nats per image; t in [0, 1] is how much of training is done,
+        """Training loss, a scalar in nats per image; t in [0, 1) is how much of training is done,
         s the settings.
 
         (The arguments are M2.objective's; M1 has all its images in x_u and uses no labels.)
@@ -372,7 +373,7 @@ class M1(nn.Module):
         makes the last hidden layer, from which mu(x) is computed, vary over a minibatch.
         After the ramp, beta = 1 is eq. 5; beta < 1 lets z say more about x than the best bound
         asks for; with beta = 0 noise would only cost: sigma goes to 0, an autoencoder is left.
-        (Without the other term, q(z|x) = p(z) would be best.) Until the ramp ends, and if beta < 1,
+        (Without the reconstruction, q(z|x) = p(z) would be best.) While the KL's weight is below 1,
         minus this loss need not be a lower bound; self.bound is always eq. 5's.
         """
         return self.J(x_u, beta=s["beta"] * fade_in(t, s["ramp"])).mean()
@@ -514,11 +515,11 @@ class M2(nn.Module):
         return -(log_p_x + log_p_y - kl_gaussian(mu, logvar))
 
     def pairs(self, B: int, device, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """i and y, [P]: all B * K pairs of an image and a label, or those kept, where keep [B, K].
+        """i, y and once, [P]: all B * K pairs of an image and a label, or those where keep [B, K].
 
-        The kept are repeated from the start up to a multiple of B/10, since CPU libraries prepare
-        anew for every shape they meet; once, [P], is False for a repeated pair (which has weight 0
-        in U; only batch normalisation sees it).
+        The kept are repeated from the start up to a multiple of ceil(B/10), since CPU libraries
+        prepare anew for every shape they meet; once, [P], is False for a repeated pair (which has
+        weight 0 in U; only batch normalisation sees it).
         """
         if keep is None:
             p = torch.arange(B * self.y_dim, device=device)
@@ -529,8 +530,8 @@ class M2(nn.Module):
         return i, y, p < n
 
     def U(self, x: Tensor, log_q: Tensor | None = None, threshold: float | None = None) -> Tensor:
-        """Eq. 7, with q~ for q where there is a threshold (see above; None: the setting), [B], nats
-        per image. log_q = log q(y|x), [B, K]."""
+        """Eq. 7, with q~ for q where there is a threshold (None: self.threshold), [B], nats per
+        image. log_q = log q(y|x), [B, K]."""
         B, K = len(x), self.y_dim
         log_q = self.log_q_y(x) if log_q is None else log_q
         threshold = self.threshold if threshold is None else threshold
@@ -548,10 +549,10 @@ class M2(nn.Module):
         """Eq. 8 and 9 per image of the whole set, estimated from a minibatch: a scalar, nats.
 
         x_l [n_l, D] have the labels y_l [n_l]; x_u [n_u, D] have none (any n_u, also 0).
-        share_l = N / (N + M). The N labelled images are few, so a minibatch may take more than
-        their share of them. The means of L and U are weighed by the shares of the whole set, not of
+        share_l = N / (N + M). The N labelled images are few, so a minibatch may hold more than
+        their share. The means of L and U are weighed by the shares of the whole set, not of
         the minibatch: this estimates J^alpha / (N + M), if weight_u = 1 and the threshold is 0.
-        alpha is the weight per image, a of WHAT ALPHA IS; weight_u multiplies U (why, says
+        alpha is the weight per image, a of WHAT ALPHA IS; weight_u multiplies U (see
         objective). log_q = log q(y|x) of x_l, then x_u, [n_l + n_u, K], if it is known already.
         """
         n_l, x = len(x_l), torch.cat([x_l, x_u])
@@ -568,12 +569,12 @@ class M2(nn.Module):
 
     def imbalance(self, log_q: Tensor) -> Tensor:
         """KL( p(y) || mean of q(y|x) over B images ), log_q [B, K] -> a scalar, nats; times
-        B / (50 K) where that is below 1.
+        B / (50 K) if that is below 1.
 
         Averaged over x from the model, p(y|x) is p(y). U does not ask that of q(y|x): where q is
         certain, it pays -log p(y) = log K whichever class it names. This asks it: a class that
-        empties costs without limit. It is 0 for a right q(y|x) if the classes are as frequent as
-        p(y) says; for q(y|x) = 1/K too, but that the labels exclude.
+        empties costs without limit. Over many images it is 0 for a right q(y|x) if the classes are
+        as frequent as p(y) says; also for q(y|x) = 1/K, which the labels rule out.
         """
         # With p(y) = 1/K: KL = sum_y 1/K [ log 1/K - log mean q(y|x) ]. A minibatch has class
         # counts of its own: even a q(y|x) that is right and certain typically pays about
@@ -589,13 +590,14 @@ class M2(nn.Module):
         al. 2015, arXiv 1507.00677). Here x is what the classifier sees (the stack's: see there).
 
         Where it is small, x probably has no boundary between classes that near: boundaries are left
-        to places where there are few images. Which d is the worst? Of one function q, the KL is 0
-        at d = 0, its least, so for small d it is about d^T C d / 2 (C: its second derivatives at
+        to places where there are few images. Which d is the worst? For one function q, the KL has
+        its least, 0, at d = 0, so for small d it is about d^T C d / 2 (C: its second derivatives at
         0), largest along the eigenvector of C with the largest eigenvalue. A step of the power
         method turns a random d roughly there: to C d, for small d the gradient at d. (Ours is taken
-        at full length: an estimate.) q(y|x) is held constant: it is to draw q(y|x+d) after it, not
-        the other way round. With dropout the KL is above 0 even at d = 0 and the direction rougher;
-        q(y|x+d) then also learns to depend less on the dropout's draw.
+        at full length, and with batch normalisation an image's KL depends a little on the others'
+        d: an estimate.) q(y|x) is held constant: q(y|x+d) is to move to it, not the other way
+        round. With dropout the KL is above 0 even at d = 0 and the direction rougher; q(y|x+d) then
+        also learns to depend less on the dropout's draw.
         """
         log_q = log_q.detach()
 
@@ -607,27 +609,27 @@ class M2(nn.Module):
         return kl(distance * F.normalize(gradient))
 
     def objective(self, x_l, y_l, x_u, share_l: float, t: float, s, seen=None) -> Tensor:
-        """Training loss, a scalar in nats per image; t in [0, 1] is how much of training is done.
-        seen: what q(y|.) is given for x_l and x_u, if it is not they (the stack).
+        """Training loss, a scalar in nats per image; t in [0, 1) is how much of training is done.
+        seen: what q(y|.) is given, if not x_l and x_u themselves (the stack).
 
         The failure to avoid: q(y|x) soon fits the few labels and is certain everywhere, right or
         wrong. Eq. 7 weighs L(x,y) by q(y|x), so the generative model then learns the wrong class,
         and teaches it back. The fast recipe has up to six things against that, none the paper's
-        (what some of them are worth: COMMON MISTAKES, after section 9, and README).
+        (what some of them are worth: COMMON MISTAKES, after 9 EVALUATION, and README).
         (1) U fades in from weight 0 to 1 while t goes from 0 to s["ramp"]: q(y|x) hears the labels
         before it hears the generative model, which at first has no opinion worth hearing. (The
         generative model itself learns from U almost at once: its other loss, L, has weight
-        N / (N + M), 0.002 for 100 of 50,000, and Adam's steps hardly depend on scale. Until the
-        weight is 1, minus the loss need not be a lower bound. After that all that is added is
-        >= 0, and only makes it a looser one. self.bound always is eq. 7's.)
+        N / (N + M), 0.002 for 100 of 50,000, and Adam's steps hardly depend on scale.) Until the
+        weight is 1, minus the loss need not be a lower bound; after that all that is added is >= 0,
+        and only makes it a looser one; self.bound always is eq. 7's.
         (2) Dropout keeps q(y|x) from fitting the labels too closely.
         (3) An alpha larger than the paper's keeps them from being outvoted by the many guesses.
         (4) No class may swallow another: balance times imbalance is added, and not faded in,
         because classes are swallowed early.
         (5) A boundary near an image costs: roughness, averaged over the minibatch, is added with
         weight 1 (s["smooth"] is its distance); to save time, with weight 2 in half of the steps,
-        drawn by lot. It moves boundaries to where images are few, as does the TSVM's last term
-        (section 6).
+        drawn by lot. It moves boundaries to where images are few, as a transductive SVM does
+        (6 CLASSIFIERS).
         (6) On MNIST's pixels z has few dimensions: what z can say about the class, y need not say.
         (Validation error after 40 epochs, all without (5), seed 0: 6.6, 4.1, 6.0 % for 5, 10, 50
         of them; one seed each.) For the same reason z's KL has its full weight beside
@@ -853,7 +855,7 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, a=0.3, steps=100, spread=0.3) 
     elsewhere, gets that mean.
     """
     N, t_l = len(y_l), 2.0 * F.one_hot(y_l, y_dim) - 1
-    neighbours = nearest(z, z, k + 1)[:, 1:]  # the nearest is the point itself, or its double
+    neighbours = nearest(z, z, k + 1)[:, 1:]  # the nearest is the point itself, or a duplicate
     f = torch.full((len(z), y_dim), -1.0, device=z.device)
     f[:N] = t_l
     for step in range(steps):
@@ -881,8 +883,8 @@ def kernel_machine(z: Tensor, f: Tensor, R=6000) -> KernelMachine:
     Random Fourier features (Rahimi and Recht 2007): for omega ~ N(0, I / s^2) and a phase uniform
     on 0..2 pi, 2 cos(omega . u + phase) cos(omega . v + phase) is the cosine of the difference plus
     that of the sum. The latter averages to 0, cos(omega . (u - v)) to the kernel. So W^T phi(z),
-    with R such cosines for phi(z), is about a function in the kernel's space, and |W|^2 its squared
-    norm there times 2/R. With t = +1 for a point's class and -1 for the others, the aim
+    with R such cosines for phi(z), approximates a function in the kernel's space, and |W|^2 its
+    squared norm there times 2/R. With t = +1 for a point's class and -1 for the others, the aim
         sum_i |W^T phi(z_i) - t_i|^2 + |W|^2
     is quadratic in W; its gradient is 0 where (I + sum_i phi phi^T) W = sum_i phi t^T.
     """
@@ -1245,7 +1247,7 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", make_classify=None)
     n_u = min(M, s["batch_size"])  # unlabelled images in a minibatch
     in_proportion = max(1, round(N * n_u / M)) if M else s["batch_size"]
     n_l = min(N, s.get("batch_labelled") or in_proportion)  # labelled images in it
-    # An epoch sees all unlabelled images (but for a last, smaller minibatch), or more rounds of
+    # An epoch sees all unlabelled images (a last, smaller minibatch is dropped), or more rounds of
     # them if the labelled ones need more steps; every minibatch has n_l labelled images drawn
     # afresh, all of them if n_l = N. (M1's data have N = 0: all its images are unlabelled.)
     steps = max(M // n_u if M else 0, math.ceil(N / n_l) if N else 0)
@@ -1299,7 +1301,7 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", make_classify=None)
             "images_per_second": steps * (n_u or n_l) / seconds,
             "seconds": seconds,
         }
-        if math.isnan(row["bound"]):  # the epoch's last update
+        if not math.isfinite(row["bound"]):  # the epoch's last update
             raise Diverged(f"the bound became NaN in epoch {epoch + 1}; try a smaller --lr")
         run.end_epoch(row, model, optimizer)
     model.eval()
@@ -1536,7 +1538,7 @@ SAVED = {
     "settings": dict,
     "model": dict,
     "optimizer": dict | None,
-    "classifier": dict | None,  # of a finished m1 (section 6)
+    "classifier": dict | None,  # of a finished m1 (6 CLASSIFIERS)
     "pca": dict | None,
     "rows": list,  # of log.csv; the last tells the stage and the epochs done in it
     "seconds": float,
@@ -1850,7 +1852,7 @@ def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, d
                 other = f"{folder} holds a run with {key} {begun.get(key)}, not {value}"
                 raise BadInput(f"{other}; give another --out-dir or --overwrite")
         if results:
-            summary(results)  # it is all there
+            summary(results)  # raises if a key is missing
     if saved and not args.resume:
         raise BadInput(f"{folder} holds an unfinished run; go on with --resume or --overwrite")
     return results, saved
@@ -1886,7 +1888,7 @@ def choose_settings(args, data: Data, device, saved_m1: dict | None) -> dict:
         "precision": auto if args.precision == "auto" else args.precision,
         "recipe": m1.get("recipe") if args.m1 and args.model == "m1" else args.recipe,
         "m1": zlib.crc32(args.m1.read_bytes()) if args.m1 else None,
-        "alpha": None,  # m1's
+        "alpha": None,  # M1 has none
         **s,
     }
     if args.model == "m1+m2":
