@@ -136,13 +136,10 @@ def settings_of(model: str, recipe: str = "fast", dataset: str = "mnist") -> dic
     return {name: value for name, value in column.items() if value is not None} | own
 
 
-# One row a data set: the likelihood of an image (a key of LIKELIHOODS), the default number of
-# labels N, and what differs from SETTINGS for a model.
+# What a data set has instead of the usual: its number of labels N (100), the likelihood of an image
+# (a key of LIKELIHOODS; Bernoulli if grey, Gaussian if coloured), and for a model, of SETTINGS.
 DATASETS = {
-    "mnist": {"likelihood": "bernoulli", "labels": 100},
-    "fashion": {  # differences chosen by the validation error with N = 1000, not the default
-        "likelihood": "bernoulli",
-        "labels": 100,
+    "fashion": {  # chosen by the validation error with N = 1000, not the default
         # Features that tell more: 36 dimensions in use, not 13. Eq. 5's KL charges for z1 by the
         # prior N(0, I), which the stack replaces by M2's anyway; so M1 may pay less for it.
         "m1": {"epochs": 30, "hidden": (600, 600), "beta": 0.3, "ramp": 0.5},
@@ -152,21 +149,10 @@ DATASETS = {
     # SVHN's classes are not equally frequent (1: 19 %, 9: 6 %), yet the models keep p(y) = 1/K: a
     # prior may be wrong and the bounds still hold. It shifts the log-odds of two classes in r(y)
     # (see M2) by at most about log 3 = 1.1 nats. The balance would enforce 1/K; so it is left out.
-    "svhn": {
-        "likelihood": "gaussian",
-        "labels": 1000,
-        "m2": {"balance": 0.0, "z_dim": 50},
-        "m1+m2": {"balance": 0.0},
-    },
-    "norb": {"likelihood": "gaussian", "labels": 1000, "m2": {"z_dim": 50}},
-    "glyphs": {
-        "likelihood": "bernoulli",
-        "labels": 100,
-        # M1's 1-NN error is as after 30 epochs, in half the time.
-        "m1": {"epochs": 15, "hidden": (600, 600)},
-    },
-    "grey npz": {"likelihood": "bernoulli", "labels": 100},
-    "colour npz": {"likelihood": "gaussian", "labels": 100},
+    "svhn": {"labels": 1000, "m2": {"balance": 0.0, "z_dim": 50}, "m1+m2": {"balance": 0.0}},
+    "norb": {"labels": 1000, "likelihood": "gaussian", "m2": {"z_dim": 50}},
+    # M1's 1-NN error is as after 30 epochs, in half the time.
+    "glyphs": {"m1": {"epochs": 15, "hidden": (600, 600)}},
 }
 
 # =================================================================================================
@@ -210,7 +196,7 @@ ACTIVATIONS = {"relu": nn.ReLU, "softplus": nn.Softplus}  # softplus(h) = log(1 
 
 
 def mlp(
-    d: int, *sizes: int, batch_norm=True, activation="relu", dropout=0.0, init_std=0.0
+    d: int, *sizes: int, batch_norm="all", activation="relu", dropout=0.0, init_std=0.0
 ) -> nn.Sequential:
     """Multilayer perceptron with d inputs and layers of these sizes; the last is the output.
 
@@ -219,7 +205,7 @@ def mlp(
     *hidden, outputs = sizes
     layers = []
     for units in hidden:
-        norm = [BatchNorm(units)] if batch_norm else []
+        norm = [BatchNorm(units)] if batch_norm == "all" else []
         noise = [Dropout(dropout)] if dropout else []
         layers += [nn.Linear(d, units), *norm, ACTIVATIONS[activation](), *noise]
         d = units
@@ -324,23 +310,14 @@ LIKELIHOODS = {
 
 
 class M1(nn.Module):
-    """Latent-feature model. likelihood: a key of LIKELIHOODS. x: [B, x_dim], z: [B, z_dim]."""
+    """Latent-feature model. x: [B, x_dim], z: [B, z_dim]; likelihood: a key of LIKELIHOODS; kw:
+    options of mlp."""
 
-    def __init__(
-        self,
-        x_dim: int,
-        z_dim=50,
-        hidden=(600, 600),
-        likelihood="bernoulli",
-        activation="relu",
-        batch_norm="all",
-        init_std=0.0,
-    ):
+    def __init__(self, x_dim: int, z_dim=50, hidden=(600, 600), likelihood="bernoulli", **kw):
         super().__init__()
         self.outputs, self.log_density, self.mean = LIKELIHOODS[likelihood]
-        how = {"batch_norm": batch_norm == "all", "activation": activation, "init_std": init_std}
-        self.q_z = mlp(x_dim, *hidden, 2 * z_dim, **how)  # mu(x) and log sigma^2(x)
-        self.p_x = mlp(z_dim, *reversed(hidden), x_dim * self.outputs, **how)
+        self.q_z = mlp(x_dim, *hidden, 2 * z_dim, **kw)  # mu(x) and log sigma^2(x)
+        self.p_x = mlp(z_dim, *reversed(hidden), x_dim * self.outputs, **kw)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mu and logvar of q(z|x), both [B, Z]. mu is the feature vector of x (section 2.1)."""
@@ -382,14 +359,15 @@ class M1(nn.Module):
         """-J(x), [B], nats per image: <= log p(x) on average over its draw of z."""
         return -self.J(x)
 
-    def log_weight(self, x: Tensor) -> Tensor:
+    def log_weight(self, x: Tensor, log_p_z=log_standard) -> Tensor:
         """log w = log p(x|z) + log p(z) - log q(z|x) for one draw z ~ q(z|x), [B], nats per image.
 
-        w is what eq. 5 averages before Jensen's inequality: E_q[w] = p(x). See log_likelihood.
+        w is what eq. 5 averages before Jensen's inequality: E_q[w] = p(x). See log_likelihood. (The
+        stack has another log p(z).)
         """
         mu, logvar = self.encode(x)
         z = sample_gaussian(mu, logvar)
-        return self.log_p_x(x, z) + log_standard(z) - log_gaussian(z, mu, logvar)
+        return self.log_p_x(x, z) + log_p_z(z) - log_gaussian(z, mu, logvar)
 
     def generate(self, z: Tensor) -> Tensor:
         """Mean of p(x|z), [B, D]."""
@@ -453,39 +431,30 @@ class M1(nn.Module):
 
 
 class M2(nn.Module):
-    """Generative semi-supervised model. x: [B, x_dim], y: [B] in 0..y_dim-1, z: [B, z_dim]."""
+    """Generative semi-supervised model. x: [B, x_dim], y: [B] in 0..y_dim-1, z: [B, z_dim];
+    likelihood: a key of LIKELIHOODS; kw: options of mlp, dropout those of q(y|x) alone."""
 
     def __init__(
-        self,
-        x_dim: int,
-        y_dim: int,
-        z_dim=50,
-        hidden=(500, 500),
-        likelihood="bernoulli",
-        activation="relu",
-        batch_norm="all",
-        init_std=0.0,
-        dropout=0.0,
-        threshold=0.0,
+        self, x_dim, y_dim, z_dim=50, hidden=(500, 500), likelihood="bernoulli", threshold=0.0, **kw
     ):
         super().__init__()
         self.y_dim, self.threshold = y_dim, min(threshold, 0.5 / y_dim)  # so the largest stays
         self.outputs, self.log_density, self.mean = LIKELIHOODS[likelihood]
-        how = {"activation": activation, "init_std": init_std, "batch_norm": batch_norm != "none"}
-        self.q_y = mlp(x_dim, *hidden, y_dim, dropout=dropout, **how)
-        how["batch_norm"] = batch_norm == "all"
+        own = {"batch_norm": "all"} if kw.get("batch_norm") == "q_y" else {}
+        self.q_y = mlp(x_dim, *hidden, y_dim, **kw | own)
+        kw["dropout"] = 0.0
         # q(z|x,y) and p(x|y,z) take two inputs. Their first layer is linear in [x, one-hot(y)]:
         # W [x, one-hot(y)] = W_x x + (column y of W_y). So W_x is the first layer of an ordinary
         # MLP on x and W_y a table of K vectors, and W_x x is computed once for all labels of x.
         # (In p(x|y,z) z takes the place of x, but every pair of x and y has its own.) Unless
         # init_std says otherwise, the tables start with larger entries than W_x, so that y matters
         # from the start.
-        self.q_z = mlp(x_dim, *hidden, 2 * z_dim, **how)
+        self.q_z = mlp(x_dim, *hidden, 2 * z_dim, **kw)
         self.q_z_y = nn.Embedding(y_dim, hidden[0])
-        self.p_x = mlp(z_dim, *reversed(hidden), x_dim * self.outputs, **how)
+        self.p_x = mlp(z_dim, *reversed(hidden), x_dim * self.outputs, **kw)
         self.p_x_y = nn.Embedding(y_dim, hidden[-1])
         for table in (self.q_z_y, self.p_x_y):
-            nn.init.normal_(table.weight, std=init_std or 0.5)
+            nn.init.normal_(table.weight, std=kw.get("init_std") or 0.5)
 
     def log_q_y(self, x: Tensor) -> Tensor:
         """log q(y|x) for every y, [B, K]."""
@@ -646,9 +615,7 @@ class M2(nn.Module):
             loss = loss + 2 * self.roughness(seen, log_q, s["smooth"]).mean()
         return loss
 
-    def classify(self, x: Tensor) -> Tensor:
-        """Scores of the K classes, [B, K]; the largest is the answer."""
-        return self.log_q_y(x)
+    classify = log_q_y  # scores of the K classes; the largest is the answer
 
     def bound(self, x: Tensor) -> Tensor:
         """-U(x) over all labels, [B], nats per image: <= log p(x) on average over its draw of z."""
@@ -756,13 +723,12 @@ class M1M2(nn.Module):
     def through_z1(self, x: Tensor, log_p_active) -> Tensor:
         """log p(x|z1) + log p(z1) - log q(z1|x) for one draw z1 ~ q(z1|x), [B], where log_p_active
         bounds or estimates the active dimensions' share of log p(z1)."""
-        mu, logvar = self.m1.encode(x)
-        z1 = sample_gaussian(mu, logvar)
-        log_q_z1 = log_gaussian(z1, mu, logvar)
-        unused = torch.ones_like(mu[0], dtype=torch.bool)
-        unused[self.active] = False
-        log_p_z1 = log_p_active(z1[:, self.active]) + log_standard(z1[:, unused])
-        return self.m1.log_p_x(x, z1) + log_p_z1 - log_q_z1
+
+        def log_p_z1(z1):  # the unused dimensions have N(0, I)
+            active = z1[:, self.active]
+            return log_p_active(active) + log_standard(z1) - log_standard(active)
+
+        return self.m1.log_weight(x, log_p_z1)
 
     def infer(self, x: Tensor, y: Tensor) -> Tensor:
         """Mean of q(z2|z1,y) at the mean of q(z1|x), [B, Z]."""
@@ -1086,9 +1052,7 @@ def load_npz(path: Path) -> list[np.ndarray]:
     hint = f"it must be an npz file of {', '.join(names)}, the images [n, H, W] or [n, H, W, C]"
     with or_bad_input(f"cannot read {path}: {hint}"), np.load(path, allow_pickle=False) as file:
         arrays = [file[name] for name in names]
-        for i in (0, 2):
-            x = arrays[i]
-            arrays[i] = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)
+        arrays[::2] = [x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2) for x in arrays[::2]]
     return arrays
 
 
@@ -1118,14 +1082,12 @@ def split(y: Tensor, n_labels: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     equally many of each class. Raises BadInput if n_labels does not allow that.
     """
     K = int(y.max()) + 1
-    if n_labels < K or n_labels % K:
-        raise BadInput(f"--labels {n_labels}: give a multiple of {K}, the number of classes")
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     valid, rest = order[: len(y) // 6], order[len(y) // 6 :]
     by_class = [rest[y[rest] == k] for k in range(K)]
-    most = min(len(members) for members in by_class)
-    if n_labels // K > most:
-        raise BadInput(f"--labels {n_labels} is too many: at most {K * most} can be class-balanced")
+    most = K * min(len(members) for members in by_class)
+    if n_labels % K or not K <= n_labels <= most:
+        raise BadInput(f"--labels {n_labels}: give a multiple of {K}, the classes, up to {most}")
     labelled = torch.cat([members[: n_labels // K] for members in by_class])
     unlabelled = rest[~torch.isin(rest, labelled)]  # in an order that does not depend on labels
     return labelled, unlabelled, valid
@@ -1193,7 +1155,8 @@ def load_data(
         raise BadInput(f"{name} is not the data that the saved model was trained on ({other})")
 
     shape = arrays[0].shape[1:]
-    row = DATASETS.get(name) or DATASETS["grey npz" if shape[0] == 1 else "colour npz"]
+    usual = {"labels": 100, "likelihood": "bernoulli" if shape[0] == 1 else "gaussian"}
+    row = usual | DATASETS.get(name, {})
     x_train, x_test = (
         torch.from_numpy(x if x.dtype == np.uint8 else x.astype(np.float32)).flatten(1).to(device)
         for x in arrays[::2]
@@ -1719,9 +1682,8 @@ def pick_device(name: str) -> torch.device:
 
 def build(kind, s: dict, *sizes: int, likelihood: str) -> nn.Module:
     """An untrained M1 (sizes: x_dim) or M2 (x_dim, y_dim) with the settings s."""
-    names = ["z_dim", "hidden", "activation", "batch_norm", "init_std"]
-    names += ["dropout", "threshold"] if kind is M2 else []
-    return kind(*sizes, likelihood=likelihood, **{name: s[name] for name in names})
+    names = ("z_dim", "hidden", "activation", "batch_norm", "init_std", "dropout", "threshold")
+    return kind(*sizes, likelihood=likelihood, **{name: s[name] for name in names if name in s})
 
 
 def stage_1(s: dict) -> dict:
@@ -1981,32 +1943,29 @@ def reproduce(args: argparse.Namespace) -> None:
         train_and_evaluate(argparse.Namespace(**vars(args) | {"m1": None, "m1_epochs": None} | own))
 
     cells = [(s, N, model) for s in range(args.seeds) for N in args.labels for model in models]
-    spent, none = {model: [] for model in models}, dict.fromkeys(SETTINGS)
+    runs, none = [], dict.fromkeys(SETTINGS)
     for done, (seed, N, model) in enumerate(cells, 1):
         out, m1 = folder / f"{model}-{N}-{seed}", folder / f"shared-m1-{seed}" / "model.pt"
-        if model == "m2":
-            go(out, model, N, seed)
-        else:
-            if N == args.labels[0]:
-                # Train it or, if that is done, see that it is what is asked; the number of labels,
-                # of which it uses none, may be another.
-                begun = m1.exists() and load_saved(m1, "cpu", finished=False)
-                n_labels = begun["settings"]["labels"] if begun else N
-                own = {} if args.model == "m1" else none | {"epochs": args.m1_epochs}
-                go(m1.parent, "m1", n_labels, seed, **own)
-            own = none | {"classifier": args.classifier} if model == "m1" else {}
-            go(out, model, N, seed, m1=m1, **own)
-        spent[model].append(json.loads((out / "results.json").read_text())["seconds"])
-        table = write_table(folder)
+        if model != "m2" and N == args.labels[0]:
+            # Train the shared M1 or, if that is done, see that it is what is asked; the number of
+            # labels, of which it uses none, may be another.
+            begun = m1.exists() and load_saved(m1, "cpu", finished=False)
+            n_labels = begun["settings"]["labels"] if begun else N
+            own = {} if args.model == "m1" else none | {"epochs": args.m1_epochs}
+            go(m1.parent, "m1", n_labels, seed, **own)
+        own = none | {"classifier": args.classifier} if model == "m1" else {}
+        go(out, model, N, seed, m1=None if model == "m2" else m1, **own)
+        runs.append(json.loads((out / "results.json").read_text()))
+        table = write_table(folder, runs)
+        spent = {m: [run["seconds"] for run in runs if run["model"] == m] for m in models}
         left = sum(np.mean(spent[m]) for _, _, m in cells[done:] if spent[m]) / 60
         print(f"{done} of {len(cells)} runs done, about {left:.0f} minutes left\n", flush=True)
     print(f"\n{table}\nWritten to {folder}/")
 
 
-def write_table(folder: Path) -> str:
-    """table.md, which is returned, and table.json, of all the runs in folder: test error in %, mean
-    +- std over the seeds."""
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("m*/results.json"))]
+def write_table(folder: Path, results: list[dict]) -> str:
+    """table.md, which is returned, and table.json, of these results: test error in %, mean +- std
+    over the seeds."""
     dataset, models = Path(results[0]["dataset"]).name, {run["model"] for run in results}
     models = [model for model in MODELS if model in models]
     lines = [f"Test error in %, {dataset}: mean +- standard deviation (the paper's)", ""]

@@ -1368,13 +1368,19 @@ def test_reproduce_continues_and_makes_the_table(small, tmp_path, capsys, monkey
             errors = [r["test_error"] for r in found]
             assert sorted(r["seed"] for r in found) == [0, 1]
             assert f"{np.mean(errors):.2f} +- {np.std(errors, ddof=1):.2f}" in table
+    i = line.index("--m1-epochs")
+    m1_alone = [*line[:i], *line[i + 2 :], "--model", "m1"]
+    for other in (["--classifier", "knn"], ["--z-dim", 7]):  # the runs, the shared M1 are not so
+        capsys.readouterr()
+        run(*m1_alone, *other, code=2)
+        assert f"with {other[0].strip('-').replace('-', '_')}" in capsys.readouterr().err
     line[line.index(20)] = 30  # another N first: the same M1 serves
     trained.append("not to be interrupted")
-    run(*line, "--model", "m1", "--classifier", "knn", code=2)  # of the old N: another classifier
     run(*line)
     assert trained.count("M1") == 2 and len(trained) == 2 + 4 + 4 + 1 + 1 + 4
-    run(*line, "--model", "m1", "--z-dim", 7, code=2)  # the shared M1 is another
-    line[line.index("--m1-epochs") + 1] = 2
+    results = json.loads((tmp_path / "table.json").read_text())
+    assert sorted(r["labels"] for r in results) == [30] * 6 + [50] * 6  # what was asked
+    line[i + 1] = 2
     run(*line, code=2)
 
 
