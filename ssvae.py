@@ -427,7 +427,8 @@ class M1(nn.Module):
 # to r. It costs one L(x,y) per label kept: once q(y|x) is sure of most images, little more than
 # one. At threshold 0 it is U itself. The price: U sends no gradient to the logit of a label cut for
 # x. The label returns by the loss's other terms, by other images, or if the logits of those kept
-# fall.
+# fall. (And where q(z|x,y) and p(x|y,z) have batch normalisation, only kept pairs enter its
+# statistics.)
 
 
 class M2(nn.Module):
@@ -528,7 +529,8 @@ class M2(nn.Module):
         if log_q is None:
             log_q = self.log_q_y(x)  # one call: one set of batch statistics
         # Eq. 6 is eq. 7 where the class is known, so one call computes both: for x_l, log q is 0 at
-        # the label and elsewhere log 0, as -1e4, which times 0 is 0.
+        # the label and elsewhere log 0, as -1e4, which times 0 is 0. (At threshold 0, L of the other
+        # labels is computed for nothing.)
         certain = 1e4 * (F.one_hot(y_l, self.y_dim) - 1)
         LU = self.U(x, torch.cat([certain, log_q[n_l:]]))  # L(x,y) of x_l, then U(x) of x_u
         loss = share_l * LU[:n_l].mean() + alpha * F.nll_loss(log_q[:n_l], y_l)
