@@ -529,8 +529,8 @@ class M2(nn.Module):
         if log_q is None:
             log_q = self.log_q_y(x)  # one call: one set of batch statistics
         # Eq. 6 is eq. 7 where the class is known, so one call computes both: for x_l, log q is 0 at
-        # the label and elsewhere log 0, as -1e4, which times 0 is 0. (At threshold 0, L of the other
-        # labels is computed for nothing.)
+        # the label and elsewhere log 0, as -1e4, which times 0 is 0. (At threshold 0, the L of the
+        # other labels are computed for nothing.)
         certain = 1e4 * (F.one_hot(y_l, self.y_dim) - 1)
         LU = self.U(x, torch.cat([certain, log_q[n_l:]]))  # L(x,y) of x_l, then U(x) of x_u
         loss = share_l * LU[:n_l].mean() + alpha * F.nll_loss(log_q[:n_l], y_l)
