@@ -137,7 +137,7 @@ def settings_of(model: str, recipe: str = "fast", dataset: str = "mnist") -> dic
 
 
 # What a data set has instead of the usual: its number of labels N (100), the likelihood of an image
-# (a key of LIKELIHOODS; Bernoulli if grey, Gaussian if coloured), and for a model, of SETTINGS.
+# (a key of LIKELIHOODS; Bernoulli if grey, Gaussian if coloured), a model's values in SETTINGS.
 DATASETS = {
     "fashion": {  # chosen by the validation error with N = 1000, not the default
         # Features that tell more: 36 dimensions in use, not 13. Eq. 5's KL charges for z1 by the
@@ -441,9 +441,9 @@ class M2(nn.Module):
         super().__init__()
         self.y_dim, self.threshold = y_dim, min(threshold, 0.5 / y_dim)  # so the largest stays
         self.outputs, self.log_density, self.mean = LIKELIHOODS[likelihood]
-        own = {"batch_norm": "all"} if kw.get("batch_norm") == "q_y" else {}
+        own = {"batch_norm": "all"} if kw.get("batch_norm") == "q_y" else {}  # q(y|x)'s alone
         self.q_y = mlp(x_dim, *hidden, y_dim, **kw | own)
-        kw["dropout"] = 0.0
+        kw["dropout"] = 0.0  # in the other networks
         # q(z|x,y) and p(x|y,z) take two inputs. Their first layer is linear in [x, one-hot(y)]:
         # W [x, one-hot(y)] = W_x x + (column y of W_y). So W_x is the first layer of an ordinary
         # MLP on x and W_y a table of K vectors, and W_x x is computed once for all labels of x.
@@ -1267,7 +1267,7 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", make_classify=None)
             "seconds": seconds,
         }
         if not math.isfinite(row["bound"]):  # the epoch's last update
-            raise Diverged(f"the bound became NaN in epoch {epoch + 1}; try a smaller --lr")
+            raise Diverged(f"the bound is infinite or NaN in epoch {epoch + 1}; try a smaller --lr")
         run.end_epoch(row, model, optimizer)
     model.eval()
 
@@ -1330,8 +1330,8 @@ def active_dimensions(m1: M1, images: Tensor) -> Tensor:
 #   without U (weight 0): labels, balance and roughness are left; the bound is -298 nats   17.1 %
 #   without L: its weight is 0.002 here, so it is U that teaches the generative model       5.5 %
 #   without the entropy in U (no log q there)                                              12.0 %
-#   the entropy with the wrong sign (L - log q in U). It rewards certainty, and q(y|x) is soon
-#     nearly certain anyway, so both are mostly chance: only tests against eq. 7 find them  4.8 %
+#   the entropy with the wrong sign (L - log q in U), which rewards certainty. Here q(y|x) is soon
+#     nearly certain anyway, and one seed hardly shows it: tests against eq. 7 do           4.8 %
 #   y drawn from q(y|x) instead of summed over. No gradient reaches q(y|x) through a draw:
 #     only the entropy, which wants it uncertain, the balance and the labels teach it      63.7 %
 #   the likelihood averaged over pixels (mean for sum in log_bernoulli): the KL, 784 times too
