@@ -220,14 +220,14 @@ def mlp(
 def log_bernoulli(x: Tensor, logits: Tensor) -> Tensor:
     """log p(x) of independent Bernoulli pixels: x, logits [B, D] -> [B], nats per image.
 
-    Pixel d is on with probability s_d = sigmoid(l_d) = 1 / (1 + exp(-l_d)), so
-        log p(x) = sum_d  x_d log s_d + (1 - x_d) log(1 - s_d),
-    the negative of the binary cross-entropy. With s / (1 - s) = exp(l) it is
-        log p(x) = sum_d  x_d l_d + log(1 - s_d)  =  sum_d  x_d l_d - log(1 + exp(l_d)).
+    Pixel d is on with probability p_d = sigmoid(l_d) = 1 / (1 + exp(-l_d)), so
+        log p(x) = sum_d  x_d log p_d + (1 - x_d) log(1 - p_d),
+    the negative of the binary cross-entropy. With p / (1 - p) = exp(l) it is
+        log p(x) = sum_d  x_d l_d + log(1 - p_d)  =  sum_d  x_d l_d - log(1 + exp(l_d)).
     Summed over pixels, not averaged: pixels are D pieces of evidence about one z, and averaging
     would make the KL term D times too heavy.
     """
-    # Minus one call, so the gradient with respect to l is x - s; logits keep it from overflow.
+    # Minus one call, so the gradient with respect to l is x - p; logits keep it from overflow.
     return -F.binary_cross_entropy_with_logits(logits.float(), x, reduction="none").sum(-1)
 
 
@@ -274,10 +274,10 @@ def sample_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
     return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
 
 
-def fade_in(t: float, ramp: float) -> float:
-    """A weight that grows from 0 to 1 while t, the part of training that is done, goes from 0 to
+def fade_in(done: float, ramp: float) -> float:
+    """A weight that grows from 0 to 1 while done, the part of training that is over, goes from 0 to
     ramp (0: it is 1 at once)."""
-    return min(1.0, t / ramp) if ramp else 1.0
+    return min(1.0, done / ramp) if ramp else 1.0
 
 
 # What is assumed of x, the data set's choice (DATASETS): the number of decoder outputs per
@@ -337,9 +337,9 @@ class M1(nn.Module):
         z = sample_gaussian(mu, logvar)
         return -self.log_p_x(x, z) + beta * kl_gaussian(mu, logvar)
 
-    def objective(self, x_l, y_l, x_u, share_l: float, t: float, s) -> Tensor:
-        """Training loss, a scalar in nats per image; t in [0, 1) is how much of training is done,
-        s the settings.
+    def objective(self, x_l, y_l, x_u, share_l: float, done: float, s) -> Tensor:
+        """Training loss, a scalar in nats per image; done in [0, 1) is the part of training that is
+        over, s the settings.
 
         (The arguments are M2.objective's; M1 has all its images in x_u and uses no labels.)
 
@@ -353,7 +353,7 @@ class M1(nn.Module):
         (Without the reconstruction, q(z|x) = p(z) would be best.) While the KL's weight is below 1,
         minus this loss need not be a lower bound; self.bound is always eq. 5's.
         """
-        return self.J(x_u, beta=s["beta"] * fade_in(t, s["ramp"])).mean()
+        return self.J(x_u, beta=s["beta"] * fade_in(done, s["ramp"])).mean()
 
     def bound(self, x: Tensor) -> Tensor:
         """-J(x), [B], nats per image: <= log p(x) on average over its draw of z."""
@@ -579,15 +579,15 @@ class M2(nn.Module):
         (gradient,) = torch.autograd.grad(kl(d).sum(), d)
         return kl(distance * F.normalize(gradient))
 
-    def objective(self, x_l, y_l, x_u, share_l: float, t: float, s, seen=None) -> Tensor:
-        """Training loss, a scalar in nats per image; t in [0, 1) is how much of training is done.
-        seen: what q(y|.) is given, if not x_l and x_u themselves (the stack).
+    def objective(self, x_l, y_l, x_u, share_l: float, done: float, s, seen=None) -> Tensor:
+        """Training loss, a scalar in nats per image; done in [0, 1) is the part of training that is
+        over. seen: what q(y|.) is given, if not x_l and x_u themselves (the stack).
 
         The failure to avoid: q(y|x) soon fits the few labels and is certain everywhere, right or
         wrong. Eq. 7 weighs L(x,y) by q(y|x), so the generative model then learns the wrong class,
         and teaches it back. The fast recipe has up to six things against that, none the paper's
         (what some of them are worth: COMMON MISTAKES, after 9 EVALUATION, and README).
-        (1) U fades in from weight 0 to 1 while t goes from 0 to s["ramp"]: q(y|x) hears the labels
+        (1) U fades in from weight 0 to 1 in the part s["ramp"] of training: q(y|x) hears the labels
         before it hears the generative model, which at first has no opinion worth hearing. (The
         generative model itself learns from U almost at once: its other loss, L, has weight
         N / (N + M), 0.002 for 100 of 50,000, and Adam's steps hardly depend on scale.) Until the
@@ -610,7 +610,7 @@ class M2(nn.Module):
         """
         seen = torch.cat([x_l, x_u]) if seen is None else seen
         log_q = self.log_q_y(seen)
-        loss = self.J_alpha(x_l, y_l, x_u, share_l, s["alpha"], fade_in(t, s["ramp"]), log_q)
+        loss = self.J_alpha(x_l, y_l, x_u, share_l, s["alpha"], fade_in(done, s["ramp"]), log_q)
         if s["balance"] and len(x_u):
             loss = loss + s["balance"] * self.imbalance(log_q[len(x_l) :])
         if s["smooth"] and torch.rand(()) < 0.5:
@@ -699,7 +699,7 @@ class M1M2(nn.Module):
         """mu and logvar of the active dimensions of q(z1|x), side by side: [B, 2 active]."""
         return torch.cat([h[:, self.active] for h in self.m1.encode(x)], 1)
 
-    def objective(self, x_l, y_l, x_u, share_l: float, t: float, s) -> Tensor:
+    def objective(self, x_l, y_l, x_u, share_l: float, done: float, s) -> Tensor:
         """M2.objective on z1 ~ q(z1|g), its q(y|.) at what it sees (above). Of the bound only U and
         L can change, since the rest is frozen. They bound densities of z1, so may be negative.
 
@@ -708,7 +708,7 @@ class M1M2(nn.Module):
         mu, logvar = torch.cat([x_l, x_u]).chunk(2, -1)
         z1 = sample_gaussian(mu, logvar)
         seen = mu if s["classifier_sees"] == "mean" else z1
-        return self.m2.objective(z1[: len(x_l)], y_l, z1[len(x_l) :], share_l, t, s, seen)
+        return self.m2.objective(z1[: len(x_l)], y_l, z1[len(x_l) :], share_l, done, s, seen)
 
     def classify(self, x: Tensor) -> Tensor:
         """log q(y|x) for every y, [B, K]: M2's classifier at the mean of q(z1|x)."""
@@ -786,17 +786,17 @@ class KernelMachine(NamedTuple):
         return torch.cos(z @ self.omega + self.phase) @ self.W
 
 
-def svm_step(m: Tensor, t: Tensor, a: float) -> Tensor:
-    """The f that minimises (f - m)^2 + a max(0, 1 - t f)^2, for t = +1 or -1, element by element.
+def svm_step(m: Tensor, t: Tensor, C: float) -> Tensor:
+    """The f that minimises (f - m)^2 + C max(0, 1 - t f)^2, for t = +1 or -1, element by element.
 
     Where t m >= 1, f = m makes both terms 0. Elsewhere the derivative is 0 at
-    (f - m) = a t (1 - t f). With t^2 = 1: f (1 + a) = m + a t = m (1 + a) + a t (1 - t m), so
-        f = m + [a / (1 + a)] t (1 - t m),  where  1 - t f = (1 - t m) / (1 + a) > 0, as assumed.
+    (f - m) = C t (1 - t f). With t^2 = 1: f (1 + C) = m + C t = m (1 + C) + C t (1 - t m), so
+        f = m + [C / (1 + C)] t (1 - t m),  where  1 - t f = (1 - t m) / (1 + C) > 0, as assumed.
     """
-    return m + a / (1 + a) * t * F.relu(1 - t * m)
+    return m + C / (1 + C) * t * F.relu(1 - t * m)
 
 
-def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, a=0.3, steps=100, spread=0.3) -> Tensor:
+def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, C=0.3, steps=100, spread=0.3) -> Tensor:
     """Transductive support vector machine on the graph of neighbours. z: [n, Z], the first N of
     them labelled y_l [N]. Returns the scores f [n, K], all -1 where no label has reached a point.
 
@@ -806,18 +806,18 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, a=0.3, steps=100, spread=0.3) 
     Without more, many f fit the N labels. The usual remedy is a small norm of f in a kernel's
     space; ours is that f be smooth where the data are: let m_i be the mean of f over the k nearest
     neighbours of point i. An unlabelled point has no y, so y is minimised over as well. The aim:
-        sum_unlabelled [ |f_i - m_i|^2 + a * min_y hinge(f_i, y) ],
+        sum_unlabelled [ |f_i - m_i|^2 + C * min_y hinge(f_i, y) ],
         with f_i = t(y_i), all +1 or -1, at the labelled points.
     The last term makes it a transductive SVM: it pushes unlabelled points to a side, and so the
     boundary of each class, where f_c changes sign, to where there are few points. (Without it,
-    a = 0, labels would only spread among neighbours.) The best y is argmax_c f_c: changing y from c
+    C = 0, labels would only spread among neighbours.) The best y is argmax_c f_c: changing y from c
     to d adds g(f_d) - g(f_c), and g(f) = max(0, 1 - f)^2 - max(0, 1 + f)^2 decreases in f.
 
     That is a guide, not what is minimised: no step is sure to lower it. At first all unlabelled
     points have f = -1, no class, and for a part `spread` of the steps labels spread without the
     last term, f = m: an early wrong guess would spread too. After that, every unlabelled point that
     a label has reached minimises the two terms of its own index i, its neighbours' last scores held
-    fixed (svm_step. Which y? At that f, a / (1 + a) hinge(m, y) is left: the argmax of m). And m
+    fixed (svm_step. Which y? At that f, C / (1 + C) hinge(m, y) is left: the argmax of m). And m
     is scaled before the step, so that every class has its share, taken to be 1/K as p(y) has it
     (for SVHN too, whose classes' are others): (m + 1) / 2, about 1 within the class and 0
     elsewhere, gets that mean.
@@ -832,7 +832,7 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, a=0.3, steps=100, spread=0.3) 
             m = (m + 1) * (2 / y_dim / (m + 1).mean(0).clamp_min(1e-6)) - 1
             t = 2.0 * F.one_hot(m.argmax(1), y_dim) - 1
             known = m.amax(1, keepdim=True) > -1  # some label has reached the point
-            m = torch.where(known, svm_step(m, t, a), m)
+            m = torch.where(known, svm_step(m, t, C), m)
         f = m
         f[:N] = t_l
     return f
@@ -845,10 +845,10 @@ def kernel_machine(z: Tensor, f: Tensor, R=6000) -> KernelMachine:
     N = 3000, seeds 0, 1, 2: 2.4, 2.3, 2.5 % by the mean score of 7 neighbours, 1.9, 2.0, 2.0 % so.)
 
     Distances are those of u, z with every dimension times its standard deviation (one that M1
-    hardly uses tells little of the class). The kernel of two points is exp(-|u - v|^2 / (2 s^2)),
-    s being the root mean square of |u - v|: s^2 = 2 sum_d sd(u_d)^2, where sd(u_d) = sd(z_d)^2.
+    hardly uses tells little of the class). The kernel of two points is exp(-|u - v|^2 / (2 w^2)),
+    w being the root mean square of |u - v|: w^2 = 2 sum_d sd(u_d)^2, where sd(u_d) = sd(z_d)^2.
 
-    Random Fourier features (Rahimi and Recht 2007): for omega ~ N(0, I / s^2) and a phase uniform
+    Random Fourier features (Rahimi and Recht 2007): for omega ~ N(0, I / w^2) and a phase uniform
     on 0..2 pi, 2 cos(omega . u + phase) cos(omega . v + phase) is the cosine of the difference plus
     that of the sum. The latter averages to 0, cos(omega . (u - v)) to the kernel. So W^T phi(z),
     with R such cosines for phi(z), approximates a function in the kernel's space, and |W|^2 its
@@ -859,8 +859,8 @@ def kernel_machine(z: Tensor, f: Tensor, R=6000) -> KernelMachine:
     known = f.amax(1) > -1
     z, t = z[known], 2.0 * F.one_hot(f[known].argmax(1), f.shape[1]) - 1
     R, sd = min(R, len(z)), z.std(0)
-    s = (2 * (sd**4).sum()).sqrt().clamp_min(1e-9)
-    omega = torch.randn(len(sd), R, device=z.device) * (sd / s)[:, None]  # sd: for z in place of u
+    width = (2 * (sd**4).sum()).sqrt().clamp_min(1e-9)  # w
+    omega = torch.randn(len(sd), R, device=z.device) * (sd / width)[:, None]  # sd: z is not yet u
     phase = 2 * math.pi * torch.rand(R, device=z.device)
     left, right = torch.eye(R, device=z.device), torch.zeros(R, t.shape[1], device=z.device)
     for z_some, t_some in zip(z.split(2000), t.split(2000)):
@@ -1236,17 +1236,19 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", make_classify=None)
         losses = torch.zeros(steps, device=device)
         start = time.perf_counter()
         for step in range(steps):
-            t = (epoch * steps + step) / (s["epochs"] * steps)
-            optimizer.param_groups[0]["lr"] = s["lr"] * (1 - s["lr_decay"] * t)
+            done = (epoch * steps + step) / (s["epochs"] * steps)
+            optimizer.param_groups[0]["lr"] = s["lr"] * (1 - s["lr_decay"] * done)
             l = torch.randperm(N, device=device)[:n_l]
             u = order[step * n_u : (step + 1) * n_u]
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 batch = draw(x_l[l]), data.y_l[l], draw(x_u[u])
-                loss = model.objective(*batch, N / (N + M), t, s)
+                loss = model.objective(*batch, N / (N + M), done, s)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses[step] = loss.detach()
+            if sys.stdout.isatty() and step % 10 == 0:  # "\r": what is printed next replaces it
+                print(f"epoch {epoch + 1}, step {step} of {steps}", end="\r", flush=True)
             # Looking at a loss makes the host wait for the device: on a GPU, do it once an epoch.
             if device.type == "cpu" or step + 1 == steps:
                 bad = (~losses[: step + 1].isfinite()).nonzero()

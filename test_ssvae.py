@@ -856,6 +856,19 @@ def test_log_likelihood_is_between_the_bound_and_the_truth(monkeypatch):
     assert ssvae.mean_bound(m1, x, "bernoulli") == pytest.approx(one, abs=0.3)
 
 
+def test_a_terminal_shows_steps_which_the_line_of_the_epoch_replaces(small, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        isatty = lambda self: True
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    run(*quick("m2"), "--dataset", small, "--out-dir", tmp_path / "run")
+    lines = sys.stdout.getvalue().splitlines()  # split at "\r", too
+    steps = [line for line in lines if line.startswith("epoch 1, step")]
+    (epoch,) = (line for line in lines if line.startswith("m2 epoch 1/"))
+    assert len(steps) > 1
+    assert max(map(len, steps)) < len(epoch)
+
+
 def test_no_images(small, tmp_path):
     run(*quick("m2"), "--dataset", small, "--out-dir", tmp_path, "--no-images")
     assert not list(tmp_path.glob("*.png"))
