@@ -196,9 +196,9 @@ ACTIVATIONS = {"relu": nn.ReLU, "softplus": nn.Softplus}  # softplus(h) = log(1 
 
 
 def mlp(
-    d: int, *sizes: int, batch_norm="all", activation="relu", dropout=0.0, init_std=0.0
+    inputs: int, *sizes: int, batch_norm="all", activation="relu", dropout=0.0, init_std=0.0
 ) -> nn.Sequential:
-    """Multilayer perceptron with d inputs and layers of these sizes; the last is the output.
+    """Multilayer perceptron with so many inputs and layers of these sizes; the last is the output.
 
     init_std > 0: weights are drawn from N(0, init_std^2) and biases are 0.
     """
@@ -207,9 +207,9 @@ def mlp(
     for units in hidden:
         norm = [BatchNorm(units)] if batch_norm == "all" else []
         noise = [Dropout(dropout)] if dropout else []
-        layers += [nn.Linear(d, units), *norm, ACTIVATIONS[activation](), *noise]
-        d = units
-    layers.append(nn.Linear(d, outputs))
+        layers += [nn.Linear(inputs, units), *norm, ACTIVATIONS[activation](), *noise]
+        inputs = units
+    layers.append(nn.Linear(inputs, outputs))
     for layer in layers:
         if isinstance(layer, nn.Linear) and init_std:
             nn.init.normal_(layer.weight, std=init_std)
@@ -556,27 +556,32 @@ class M2(nn.Module):
         return min(1.0, B / (50 * K)) * (-math.log(K) - log_mean_q.mean())
 
     def roughness(self, x: Tensor, log_q: Tensor, distance: float) -> Tensor:
-        """KL( q(y|x) || q(y|x+d) ) at about the worst d of this length (Euclidean): x [B, D],
-        log_q = log q(y|x) [B, K] -> [B], nats per image ("virtual adversarial training", Miyato et
-        al. 2015, arXiv 1507.00677). Here x is what the classifier sees (the stack's: see there).
+        """KL( q(y|x) || q(y|x+delta) ) at about the worst delta of this (Euclidean) length: x
+        [B, D], log_q = log q(y|x) [B, K] -> [B], nats per image ("virtual adversarial training",
+        Miyato et al. 2015, arXiv 1507.00677). Here x is what the classifier sees (the stack's: see
+        there).
 
         Where it is small, x probably has no boundary between classes that near: boundaries are left
-        to places where there are few images. Which d is the worst? For one function q, the KL has
-        its least, 0, at d = 0, so for small d it is about d^T C d / 2 (C: its second derivatives at
-        0), largest along the eigenvector of C with the largest eigenvalue. A step of the power
-        method turns a random d roughly there: to C d, for small d the gradient at d. (Ours is taken
-        at full length, and with batch normalisation an image's KL depends a little on the others'
-        d: an estimate.) q(y|x) is held constant: q(y|x+d) is to move to it, not the other way
-        round. With dropout the KL is above 0 even at d = 0 and the direction rougher; q(y|x+d) then
-        also learns to depend less on the dropout's draw.
+        to places where there are few images. Which delta is the worst? For one function q, the KL
+        has its least, 0, at delta = 0, so for small delta it is about delta^T A delta / 2 (A: its
+        second derivatives at 0), largest along the eigenvector of A with the largest eigenvalue. A
+        step of the power method turns a random delta roughly there: to A delta, for small delta the
+        gradient at delta. (Ours is taken at full length, and with batch normalisation an image's KL
+        depends a little on the others' delta: an estimate.) q(y|x) is held constant: q(y|x+delta)
+        is to move to it, not the other way round. With dropout the KL is above 0 even at delta = 0
+        and the direction rougher; q(y|x+delta) then also learns to depend less on its draw.
         """
         log_q = log_q.detach()
+        # Batch normalisation would put x + delta into the running statistics, by which images are
+        # classified later; so it is given a copy of them, which is thrown away.
+        scratch = {name: buffer.clone() for name, buffer in self.q_y.named_buffers()}
 
-        def kl(d):  # (batch normalisation's running statistics see x + d as well)
-            return (log_q.exp() * (log_q - self.log_q_y(x + d))).sum(-1)
+        def kl(delta):
+            logits = torch.func.functional_call(self.q_y, scratch, (x + delta,))
+            return (log_q.exp() * (log_q - F.log_softmax(logits.float(), -1))).sum(-1)
 
-        d = (distance * F.normalize(torch.randn_like(x))).requires_grad_()
-        (gradient,) = torch.autograd.grad(kl(d).sum(), d)
+        delta = (distance * F.normalize(torch.randn_like(x))).requires_grad_()
+        (gradient,) = torch.autograd.grad(kl(delta).sum(), delta)
         return kl(distance * F.normalize(gradient))
 
     def objective(self, x_l, y_l, x_u, share_l: float, done: float, s, seen=None) -> Tensor:

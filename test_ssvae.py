@@ -317,6 +317,17 @@ def test_roughness_against_a_search_over_all_directions():
     assert unseen is None
 
 
+def test_roughness_keeps_the_running_statistics_those_of_x():
+    m2 = small_m2(batch_norm="q_y").train()
+    x = torch.rand(50, 6)
+    log_q = m2.log_q_y(x)
+    before = {name: buffer.clone() for name, buffer in m2.named_buffers()}
+    m2.roughness(x, log_q, 2.0).sum().backward()
+    for name, buffer in m2.named_buffers():
+        assert buffer.equal(before[name]), name
+    assert any(name.endswith("running_mean") for name in before)
+
+
 def test_M1M2_bound():
     """Through both layers: -bound against log p(x) integrated over z1 (2-D, one unused) and z2."""
     torch.manual_seed(0)
