@@ -30,7 +30,7 @@ In M2, z is meant to be the style; before x is seen, it is independent of y.
 At the heart of all three: log p(x), which we want high, is the log of an intractable integral over
 the latent variables, so we raise a lower bound on it that we can compute (derived at M1).
 
-NOTATION (the paper's, whose N is at times N + M)
+NOTATION (the paper's, whose N sometimes means our N + M)
     x           an image as a vector of D pixels, [B, D] in a minibatch of B; a binary one is drawn
                 from a grey one (a grey pixel is its probability of being on), afresh at every
                 visit; Gaussian data: D coordinates in place of pixels (7 DATA)
@@ -81,7 +81,7 @@ from torch import Tensor, nn
 # "fast" (the default) was chosen on MNIST with N = 100, by the error on the 10,000 validation
 # images (whose labels are used for that, as in the paper: N labels alone would be a poor guide);
 # "paper" is what the paper and its authors' code publish (but "tsvm", a transductive SVM, is ours:
-# 6 CLASSIFIERS). For the stack, M1's stage takes the column m1, its M2 stage the column m1+m2.
+# 6 CLASSIFIERS). The stack (M1+M2) trains its M1 by the column m1, its M2 by the column m1+m2.
 # Every row is also an option: --batch-size 200, say.
 
 MODELS = ("m1", "m2", "m1+m2")
@@ -120,7 +120,7 @@ SETTINGS = {
     "ramp": ((0.15, 0.5, 0.5), (0.0, 0.0, 0.0), (0.0, 1.0),
              "part of training in which M1's KL or M2's U fades in (see objective)"),
     "threshold": ((None, 0.01, 0.01), (None, 0.0, 0.0), (0.0, 1.0),
-                  "labels with q(y|x) below it and 1/(2K) are left out of U; GPUs: 0"),
+                  "classes with q(y|x) below it and 1/(2K) are left out of U; GPUs: 0"),
     "classifier_sees": ((None, None, "mean"), (None, None, "draw"), ("mean", "draw"),
                         "the stack's q(y|x) is given the mean of q(z1|x) or the draw z1"),
     "classifier": (("tsvm", None, None), ("tsvm", None, None), ("tsvm", "knn"),
@@ -139,7 +139,7 @@ def settings_of(model: str, recipe: str = "fast", dataset: str = "mnist") -> dic
 # What a data set has instead of the usual: its number of labels N (100), the likelihood of an image
 # (a key of LIKELIHOODS; Bernoulli if grey, Gaussian if coloured), a model's values in SETTINGS.
 DATASETS = {
-    "fashion": {  # chosen by the validation error with N = 1000, not the default
+    "fashion": {  # chosen by the validation error with N = 1000, though the default is 100
         # Features that tell more: 36 dimensions in use, not 13. Eq. 5's KL charges for z1 by the
         # prior N(0, I), which the stack replaces by M2's anyway; so M1 may pay less for it.
         "m1": {"epochs": 30, "hidden": (600, 600), "beta": 0.3, "ramp": 0.5},
@@ -151,7 +151,7 @@ DATASETS = {
     # (see M2) by at most about log 3 = 1.1 nats. The balance would enforce 1/K; so it is left out.
     "svhn": {"labels": 1000, "m2": {"balance": 0.0, "z_dim": 50}, "m1+m2": {"balance": 0.0}},
     "norb": {"labels": 1000, "likelihood": "gaussian", "m2": {"z_dim": 50}},
-    # M1's 1-NN error is as after 30 epochs, in half the time.
+    # M1's 1-NN error is the same after 30 epochs.
     "glyphs": {"m1": {"epochs": 15, "hidden": (600, 600)}},
 }
 
@@ -227,7 +227,7 @@ def log_bernoulli(x: Tensor, logits: Tensor) -> Tensor:
     Summed over pixels, not averaged: pixels are D pieces of evidence about one z, and averaging
     would make the KL term D times too heavy.
     """
-    # Minus one call, so the gradient with respect to l is x - p; logits keep it from overflow.
+    # The gradient with respect to l is x - p. Given logits, nothing overflows.
     return -F.binary_cross_entropy_with_logits(logits.float(), x, reduction="none").sum(-1)
 
 
@@ -246,7 +246,7 @@ def log_gaussian(x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 def log_standard(z: Tensor) -> Tensor:
-    """log N(z; 0, I), [B, Z] -> [B], nats per data point: the prior of z, z2 in the stack."""
+    """log N(z; 0, I), [B, Z] -> [B], nats per data point: the prior of z (in the stack, of z2)."""
     return -0.5 * (math.log(2 * math.pi) + z**2).sum(-1)
 
 
@@ -264,7 +264,7 @@ def kl_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 def sample_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
-    """Draw z ~ N(mu, diag(exp(logvar))), reparameterised: all [B, Z] (section 3.1).
+    """Draw z ~ N(mu, diag(exp(logvar))), reparameterised: all [B, Z] (section 3.2).
 
     z = mu + sigma * eps with eps ~ N(0, I). The randomness no longer depends on the parameters, so
     grad E_q[f(z)] = E_eps[grad f(mu + sigma * eps)]: the gradient of an average is an average of
@@ -285,7 +285,7 @@ def fade_in(done: float, ramp: float) -> float:
 # Bernoulli: a pixel is on or off. Right for ink on paper; grey is read as the probability of on.
 # Gaussian: x is any real number, its noise independent from dimension to dimension. Right for
 # shades and colours once neighbouring pixels, far from independent, are rotated to principal
-# components (7 DATA). Its bounds, of densities, do not compare with those of binary images.
+# components (7 DATA). Its bounds are on densities: not comparable with those of binary images.
 LIKELIHOODS = {
     "bernoulli": (1, log_bernoulli, torch.sigmoid),  # one logit a pixel
     "gaussian": (2, log_gaussian, lambda mu, logvar: mu),  # a mean and a log-variance a dimension
@@ -374,7 +374,7 @@ class M1(nn.Module):
         return self.mean(*self.decode(z))
 
     def reconstruct(self, x: Tensor) -> list[Tensor]:
-        """x encoded and decoded, [B, D]: the mean of p(x|z) at the mean of q(z|x)."""
+        """[x encoded and decoded], [B, D]: the mean of p(x|z) at the mean of q(z|x)."""
         return [self.generate(self.encode(x)[0])]
 
 
@@ -392,7 +392,7 @@ class M1(nn.Module):
 #
 # UNLABELLED images. y is latent too. Take q(y,z|x) = q(y|x) q(z|x,y) and the same Jensen step:
 #     log p(x) >= E_q(y,z|x)[ log p(x|y,z) + log p(y) + log p(z) - log q(z|x,y) - log q(y|x) ]
-#               = sum_y q(y|x) [ -L(x,y) ] - sum_y q(y|x) log q(y|x)      (E_q(z|x,y) gives eq. 6)
+#               = sum_y q(y|x) [ -L(x,y) ] - sum_y q(y|x) log q(y|x)      (E_q(z|x,y) gives -L)
 #               = sum_y q(y|x) [ -L(x,y) ] + H( q(y|x) )                            =: -U(x) (eq. 7)
 # z is drawn, because a continuous z can be reparameterised; y is summed over, because a discrete y
 # cannot, and there are only K of them. The gaps are as in eq. 5, KL(q(z|x,y) || p(z|x,y)) in eq. 6
@@ -416,24 +416,24 @@ class M1(nn.Module):
 # over labelled points. The authors' code multiplies each labelled point's -log q(y|x), in the sum
 # over the set, by 0.1 (N + M) / N. The two agree if the paper's N is the size of the WHOLE set,
 # here N + M. Divide J^alpha by it and everything is per image, whatever the size of the set:
-#     J^alpha / (N + M) = mean of L and U + a * mean_labelled[ -log q(y|x) ],
+#     J^alpha / (N + M) = [sum L + sum U] / (N + M) + a * mean_labelled[ -log q(y|x) ],
 # a = alpha / (N + M). This a is our --alpha: 0.1 is the paper's. Reading N as the number of labels
 # would make the classification loss (N + M) / N times weaker: 500 times for 100 of 50,000 images
 # (of MNIST's 60,000, 10,000 are set aside for validation).
 #
-# SUMMING OVER y FOR LESS. Eq. 7 holds for any distribution over y. Take q(y|x), drop the labels to
+# SUMMING OVER y FOR LESS. Eq. 7 holds for any distribution over y. Take q(y|x), drop the classes to
 # which it gives less than a threshold, and renormalise what is left to q~(y|x): U with q~ in place
-# of q is again minus a lower bound on log p(x), by the formula above the tighter, the closer q~ is
-# to r. It costs one L(x,y) per label kept: once q(y|x) is sure of most images, little more than
-# one. At threshold 0 it is U itself. The price: U sends no gradient to the logit of a label cut for
-# x. The label returns by the loss's other terms, by other images, or if the logits of those kept
-# fall. (And where q(z|x,y) and p(x|y,z) have batch normalisation, only kept pairs enter its
+# of q is again minus a lower bound on log p(x); the closer q~ is to r, the tighter (formula above).
+# It costs one L(x,y) per class kept: once q(y|x) is sure of most images, little more than one. At
+# threshold 0 it is U itself. The price: U sends no gradient to the logit of a class cut for x. The
+# class returns by the loss's other terms, by other images, or if the logits of those kept fall.
+# (And where q(z|x,y) and p(x|y,z) have batch normalisation, only kept pairs enter its
 # statistics.)
 
 
 class M2(nn.Module):
     """Generative semi-supervised model. x: [B, x_dim], y: [B] in 0..y_dim-1, z: [B, z_dim];
-    likelihood: a key of LIKELIHOODS; kw: options of mlp, dropout those of q(y|x) alone."""
+    likelihood: a key of LIKELIHOODS; kw: options of mlp, of which dropout is for q(y|x) alone."""
 
     def __init__(
         self, x_dim, y_dim, z_dim=50, hidden=(500, 500), likelihood="bernoulli", threshold=0.0, **kw
@@ -446,7 +446,7 @@ class M2(nn.Module):
         kw["dropout"] = 0.0  # in the other networks
         # q(z|x,y) and p(x|y,z) take two inputs. Their first layer is linear in [x, one-hot(y)]:
         # W [x, one-hot(y)] = W_x x + (column y of W_y). So W_x is the first layer of an ordinary
-        # MLP on x and W_y a table of K vectors, and W_x x is computed once for all labels of x.
+        # MLP on x and W_y a table of K vectors, and W_x x is computed once for all classes.
         # (In p(x|y,z) z takes the place of x, but every pair of x and y has its own.) Unless
         # init_std says otherwise, the tables start with larger entries than W_x, so that y matters
         # from the start.
@@ -485,7 +485,7 @@ class M2(nn.Module):
         return -(log_p_x + log_p_y - kl_gaussian(mu, logvar))
 
     def pairs(self, B: int, device, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """i, y and once, [P]: all B * K pairs of an image and a label, or those where keep [B, K].
+        """i, y and once, [P]: all B * K pairs of an image and a class, or those where keep [B, K].
 
         The kept are repeated from the start up to a multiple of ceil(B/10), since CPU libraries
         prepare anew for every shape they meet; once, [P], is False for a repeated pair (which has
@@ -530,7 +530,7 @@ class M2(nn.Module):
             log_q = self.log_q_y(x)  # one call: one set of batch statistics
         # Eq. 6 is eq. 7 where the class is known, so one call computes both: for x_l, log q is 0 at
         # the label and elsewhere log 0, as -1e4, which times 0 is 0. (At threshold 0, the L of the
-        # other labels are computed for nothing.)
+        # other classes are computed as well, with weight 0.)
         certain = 1e4 * (F.one_hot(y_l, self.y_dim) - 1)
         LU = self.U(x, torch.cat([certain, log_q[n_l:]]))  # L(x,y) of x_l, then U(x) of x_u
         loss = share_l * LU[:n_l].mean() + alpha * F.nll_loss(log_q[:n_l], y_l)
@@ -558,8 +558,8 @@ class M2(nn.Module):
     def roughness(self, x: Tensor, log_q: Tensor, distance: float) -> Tensor:
         """KL( q(y|x) || q(y|x+delta) ) at about the worst delta of this (Euclidean) length: x
         [B, D], log_q = log q(y|x) [B, K] -> [B], nats per image ("virtual adversarial training",
-        Miyato et al. 2015, arXiv 1507.00677). Here x is what the classifier sees (the stack's: see
-        there).
+        Miyato et al. 2015, arXiv 1507.00677). Here x is what the classifier sees (in the stack,
+        the mean of q(z1|x)).
 
         Where it is small, x probably has no boundary between classes that near: boundaries are left
         to places where there are few images. Which delta is the worst? For one function q, the KL
@@ -569,7 +569,7 @@ class M2(nn.Module):
         gradient at delta. (Ours is taken at full length, and with batch normalisation an image's KL
         depends a little on the others' delta: an estimate.) q(y|x) is held constant: q(y|x+delta)
         is to move to it, not the other way round. With dropout the KL is above 0 even at delta = 0
-        and the direction rougher; q(y|x+delta) then also learns to depend less on its draw.
+        and the direction rougher; it then also teaches q(y|x) to depend less on the dropout mask.
         """
         log_q = log_q.detach()
         # Batch normalisation would put x + delta into the running statistics, by which images are
@@ -590,7 +590,7 @@ class M2(nn.Module):
 
         The failure to avoid: q(y|x) soon fits the few labels and is certain everywhere, right or
         wrong. Eq. 7 weighs L(x,y) by q(y|x), so the generative model then learns the wrong class,
-        and teaches it back. The fast recipe has up to six things against that, none the paper's
+        and teaches it back. The fast recipe has up to six things against that, beyond the paper's
         (what some of them are worth: COMMON MISTAKES, after 9 EVALUATION, and README).
         (1) U fades in from weight 0 to 1 in the part s["ramp"] of training: q(y|x) hears the labels
         before it hears the generative model, which at first has no opinion worth hearing. (The
@@ -607,11 +607,10 @@ class M2(nn.Module):
         drawn by lot. It moves boundaries to where images are few, as a transductive SVM does
         (6 CLASSIFIERS).
         (6) On MNIST's pixels z has few dimensions: what z can say about the class, y need not say.
-        (Validation error after 40 epochs, all without (5), seed 0: 6.6, 4.1, 6.0 % for 5, 10, 50
-        of them; one seed each.) For the same reason z's KL has its full weight beside
-        log p(x|y,z) from the start, unlike M1's. If it faded in, all 10 dimensions would stay
-        active, not 7 to 10 as chance has it, and the bound be better; but z, while cheap, would
-        tell the class itself.
+        (Validation error after 40 epochs, all without (5), seed 0 alone: 6.6, 4.1, 6.0 % for 5, 10,
+        50 of them.) For the same reason z's KL has its full weight beside log p(x|y,z) from the
+        start, unlike M1's. If it faded in, all 10 dimensions would stay active, not 7 to 10 as
+        chance has it, and the bound be better; but z, while cheap, would tell the class itself.
         """
         seen = torch.cat([x_l, x_u]) if seen is None else seen
         log_q = self.log_q_y(seen)
@@ -655,7 +654,7 @@ class M2(nn.Module):
 # =================================================================================================
 #
 #     p(x, y, z1, z2) = p(y) p(z2) p(z1|y,z2) p(x|z1)
-#     q(z1|x) from M1;  q(y|x), M2's classifier at what it sees of z1 (below);  q(z2|z1,y) from M2
+#     q(z1|x) from M1;  q(y|x), M2's classifier, of z1 or of q(z1|x)'s mean;  q(z2|z1,y) from M2
 #
 # Why stack? On pixels, a digit's class is at most log 10 = 2.3 of the 100 or so nats that an image
 # costs: the strokes' thickness, slant and place cost far more, and a flexible decoder can explain
@@ -675,9 +674,9 @@ class M2(nn.Module):
 # p(z1|y,z2), on a fresh draw of z1 at every visit of x. For labelled x, log p(x,y) has the same
 # bound with -L(z1,y) <= log p(z1,y) in place of -U(z1).
 # What q(y|.) sees. Eq. 7 holds for every distribution over y, whatever it depends on. Ours is given
-# the mean of q(z1|x), not the draw z1, as when it classifies. The price: a looser bound than with
-# the best q(y|z1), since y may not depend on the draw. (In the paper's recipe it sees z1 in
-# training.)
+# the mean of q(z1|x), in training as when it classifies, not the draw z1: U(z1) means U(z1, given
+# x). The price: a looser bound than with the best q(y|z1), since y may not depend on the draw. (In
+# the paper's recipe it sees z1 in training, but the mean where the bound is evaluated.)
 # What two stages give up: the bound is still a bound, but no longer maximised over all parameters
 # together; q(z1|x) was fitted to another prior and does not learn of the classes.
 
@@ -701,7 +700,7 @@ class M1M2(nn.Module):
         return [h[:, self.active] for h in self.m1.encode(x)]
 
     def objective(self, x_l, y_l, x_u, share_l: float, done: float, s) -> Tensor:
-        """M2.objective on a draw z1 ~ q(z1|x), its q(y|.) at what it sees (above). Of the bound
+        """M2.objective on a draw z1 ~ q(z1|x), q(y|.) given its mean or that draw. Of the bound
         only U and L can change, since the rest is frozen. They bound densities of z1, so may be
         negative.
         """
@@ -800,16 +799,17 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, C=0.3, steps=100, spread=0.3) 
     """Transductive support vector machine on the graph of neighbours. z: [n, Z], the first N of
     them labelled y_l [N]. Returns the scores f [n, K], all -1 where no label has reached a point.
 
-    A support vector machine has one score f_c for each class c. Write t_c(y) = +1 if c = y, else
-    -1: it wants t_c(y) f_c >= 1 and pays for what is missing, here by its square:
+    There is one support vector machine for each class c against the others, with score f_c. Write
+    t_c(y) = +1 if c = y, else -1: it wants t_c(y) f_c >= 1 and pays for what is missing, here by
+    its square:
         hinge(f, y) = sum_c max(0, 1 - t_c(y) f_c)^2.
     Without more, many f fit the N labels. The usual remedy is a small norm of f in a kernel's
     space; ours is that f be smooth where the data are: let m_i be the mean of f over the k nearest
     neighbours of point i. An unlabelled point has no y, so y is minimised over as well. The aim:
         sum_unlabelled [ |f_i - m_i|^2 + C * min_y hinge(f_i, y) ],
-        with f_i = t(y_i), all +1 or -1, at the labelled points.
+        with f_ic = t_c(y_i) at the labelled points.
     The last term makes it a transductive SVM: it pushes unlabelled points to a side, and so the
-    boundary of each class, where f_c changes sign, to where there are few points. (Without it,
+    boundary of each class against the others, f_c = 0, to where there are few points. (Without it,
     C = 0, labels would only spread among neighbours.) The best y is argmax_c f_c: changing y from c
     to d adds g(f_d) - g(f_c), and g(f) = max(0, 1 - f)^2 - max(0, 1 + f)^2 decreases in f.
 
@@ -819,7 +819,7 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, C=0.3, steps=100, spread=0.3) 
     a label has reached minimises the two terms of its own index i, its neighbours' last scores held
     fixed (svm_step. Which y? At that f, C / (1 + C) hinge(m, y) is left: the argmax of m). And m
     is scaled before the step, so that every class has its share, taken to be 1/K as p(y) has it
-    (for SVHN too, whose classes' are others): (m + 1) / 2, about 1 within the class and 0
+    (wrong for SVHN, used all the same): (m + 1) / 2, about 1 within the class and 0
     elsewhere, gets that mean.
     """
     N, t_l = len(y_l), 2.0 * F.one_hot(y_l, y_dim) - 1
@@ -839,10 +839,11 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, C=0.3, steps=100, spread=0.3) 
 
 
 def kernel_machine(z: Tensor, f: Tensor, R=6000) -> KernelMachine:
-    """A least-squares support vector machine with a Gaussian kernel, fitted to what the TSVM found:
-    the classes of the largest scores f [n, K] at the points z [n, Z]. It answers for a new z, and,
-    being smooth, does not follow where neighbours went wrong here and there. (Validation error at
-    N = 3000, seeds 0, 1, 2: 2.4, 2.3, 2.5 % by the mean score of 7 neighbours, 1.9, 2.0, 2.0 % so.)
+    """Kernel ridge regression, also called least-squares support vector machine, with a Gaussian
+    kernel, fitted to what the TSVM found: the classes of the largest scores f [n, K] at the points
+    z [n, Z]. It answers for a new z, and, being smooth, does not follow where neighbours went wrong
+    here and there. (Validation error at N = 3000, seeds 0, 1, 2: 2.4, 2.3, 2.5 % by the mean score
+    of 7 neighbours, 1.9, 2.0, 2.0 % by this machine.)
 
     Distances are those of u, z with every dimension times its standard deviation (one that M1
     hardly uses tells little of the class). The kernel of two points is exp(-|u - v|^2 / (2 w^2)),
@@ -860,7 +861,7 @@ def kernel_machine(z: Tensor, f: Tensor, R=6000) -> KernelMachine:
     z, t = z[known], 2.0 * F.one_hot(f[known].argmax(1), f.shape[1]) - 1
     R, sd = min(R, len(z)), z.std(0)
     width = (2 * (sd**4).sum()).sqrt().clamp_min(1e-9)  # w
-    omega = torch.randn(len(sd), R, device=z.device) * (sd / width)[:, None]  # sd: z is not yet u
+    omega = torch.randn(len(sd), R, device=z.device) * (sd / width)[:, None]  # sd: u = sd * z
     phase = 2 * math.pi * torch.rand(R, device=z.device)
     left, right = torch.eye(R, device=z.device), torch.zeros(R, t.shape[1], device=z.device)
     for z_some, t_some in zip(z.split(2000), t.split(2000)):
@@ -929,7 +930,7 @@ def observe(images: Tensor, likelihood: str) -> Tensor:
 
     Bernoulli: a grey pixel is read as the probability that the pixel is on, and binary images are
     drawn from it, afresh at every visit. So the bound is one on the log probability of a binary
-    image, and M1 and M2 see other ones in every epoch. Gaussian: x is what is stored.
+    image, and every epoch sees fresh ones. Gaussian: x is what is stored.
     """
     x = pixels(images)
     if likelihood == "bernoulli":  # 16 random bits, for speed: probabilities are good to 1/65536
@@ -1078,7 +1079,7 @@ def check(source: str | Path, arrays: list[np.ndarray]) -> None:
 
 
 def split(y: Tensor, n_labels: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of the labelled, unlabelled and validation images among those labelled y: [n].
+    """Indices of the labelled, unlabelled and validation images among n of the classes y [n].
 
     Validation: a sixth (10,000 of 60,000) at random. Labelled: n_labels of the rest,
     equally many of each class. Raises BadInput if n_labels does not allow that.
@@ -1205,8 +1206,8 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", make_classify=None)
 
     Everything stays on the device and, on an accelerator, nothing waits for it inside an epoch
     (so there the default threshold is 0: to count the labels above it, the host would wait).
-    make_classify() gives, after an epoch, the scores for the validation error; model.classify
-    otherwise.
+    make_classify() makes, after an epoch, the classifier for the validation error; without it, that
+    is model.classify.
     """
     N, M, device = len(data.x_l), len(data.x_u), data.x_l.device
     n_u = min(M, s["batch_size"])  # unlabelled images in a minibatch
@@ -1309,7 +1310,7 @@ def log_likelihood(model: nn.Module, images: Tensor, likelihood: str, draws: int
 
 
 def features(m1: M1, images: Tensor) -> Tensor:
-    """Mean of q(z|x) of every image, x being grey as stored, [n, Z]."""
+    """Mean of q(z|x) of every image, x being what is stored (grey pixels), [n, Z]."""
     return in_chunks(lambda x: m1.encode(x)[0], images)
 
 
@@ -1331,7 +1332,7 @@ def active_dimensions(m1: M1, images: Tensor) -> Tensor:
 #   the entropy with the wrong sign (L - log q in U), which rewards certainty. Here q(y|x) is soon
 #     nearly certain anyway, and one seed hardly shows it: tests against eq. 7 do           4.8 %
 #   y drawn from q(y|x) instead of summed over. No gradient reaches q(y|x) through a draw:
-#     only the entropy, which wants it uncertain, the balance and the labels teach it      63.7 %
+#     only entropy (which wants it uncertain), balance, roughness and the labels teach it   63.7 %
 #   the likelihood averaged over pixels (mean for sum in log_bernoulli): the KL, 784 times too
 #     heavy beside it, empties z; L hardly differs between classes, so U makes q uniform   62.8 %
 #   alpha a 500th of ours, as when the paper's N is taken for the number of labels
@@ -1381,7 +1382,7 @@ def curves(rows: list[dict]):
     page = Image.new("RGB", (960, 360), "white")
     draw = ImageDraw.Draw(page)
     titles = {"bound": "bound on log p(x), nats", "valid_error": "validation error, %"}
-    rows = rows[len(rows) // 10 :]  # the first tenth comes from far off the page
+    rows = rows[len(rows) // 10 :]  # the first tenth would stretch the axis
     for left, (key, title) in zip((80, 570), titles.items()):
         values = [row[key] for row in rows]
         low, span = min(values), (max(values) - min(values)) or 1.0
@@ -1493,7 +1494,7 @@ PAPER = {
 
 
 def paper_has(run: dict, sign: str = "") -> str:
-    """What the paper has for a run with these results, in brackets after sign, or nothing."""
+    """The paper's error for a run with these results, as " (sign error)", or nothing."""
     same = run["dataset"] == "mnist" and run.get("classifier") != "knn"
     found = PAPER[run["model"]].get(run["labels"]) if same else None
     return f" ({sign}{found})" if found else ""
@@ -1538,7 +1539,7 @@ class Run:
         self.start = time.perf_counter() - (saved["seconds"] if saved else 0)
 
     def begin(self, model: nn.Module, optimizer, epochs: int) -> int:
-        """Begin to train a model: its name is the stage's. If something was saved in this stage, go
+        """Begin to train a model, which names the stage. If something was saved in this stage, go
         on from there. Returns the number of epochs done."""
         self.stage = MODELS[(M1, M2, M1M2).index(type(model))]
         self.epochs = epochs
@@ -1696,7 +1697,7 @@ def stage_1(s: dict) -> dict:
 
 
 def assemble(s: dict, data: Data, m1: M1 | None = None, active: Tensor | None = None) -> nn.Module:
-    """The untrained model of a run with settings s. The stack: on m1; its M1, without active."""
+    """The untrained model of a run with settings s; for m1+m2 without active, only its M1."""
     sizes, likelihood = (data.x_test.shape[1], data.y_dim), data.likelihood
     if s["model"] == "m2":
         model = build(M2, s, *sizes, likelihood=likelihood)
@@ -1708,7 +1709,7 @@ def assemble(s: dict, data: Data, m1: M1 | None = None, active: Tensor | None = 
 
 
 def rebuild(path: Path, saved: dict, data: Data) -> tuple:
-    """The model in a model.pt and its classify; for M1, that on its features.
+    """The model in a model.pt and its classify; for M1, the saved classifier on its features.
 
     Raises BadInput if they do not fit each other or the data.
     """
@@ -1826,7 +1827,8 @@ def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, d
 
 def choose_settings(args, data: Data, device, saved_m1: dict | None) -> dict:
     """All that a result depends on, which goes into every file and tells one run from another: the
-    table's settings, unless the command line says otherwise; the stack's M1's begin with m1_.
+    table's settings, unless the command line says otherwise. Those of the stack's M1 begin with
+    m1_.
 
     Raises BadInput if --m1 is of another data set or seed.
     """
@@ -1870,7 +1872,6 @@ def train_and_evaluate(args: argparse.Namespace) -> None:
     s = choose_settings(args, data, device, saved_m1)
     m1 = rebuild(args.m1, saved_m1, data)[0] if saved_m1 else None
 
-    # What is in the folder already?
     name = f"{args.model}-{Path(data.name).name}-{len(data.x_l)}-{args.seed}"
     folder = args.out_dir or Path("runs") / (name + "-paper" * (args.recipe == "paper"))
     if args.overwrite and args.m1 and args.m1.resolve().parent == folder.resolve():
