@@ -195,9 +195,7 @@ class Dropout(nn.Dropout):
 ACTIVATIONS = {"relu": nn.ReLU, "softplus": nn.Softplus}  # softplus(h) = log(1 + exp(h))
 
 
-def mlp(
-    inputs: int, *sizes: int, batch_norm="all", activation="relu", dropout=0.0, init_std=0.0
-) -> nn.Sequential:
+def mlp(inputs, *sizes, batch_norm="all", activation="relu", dropout=0.0, init_std=0.0):
     """Multilayer perceptron with so many inputs and layers of these sizes; the last is the output.
 
     init_std > 0: weights are drawn from N(0, init_std^2) and biases are 0.
@@ -369,6 +367,10 @@ class M1(nn.Module):
         z = sample_gaussian(mu, logvar)
         return self.log_p_x(x, z) + log_p_z(z) - log_gaussian(z, mu, logvar)
 
+    def classify(self, x: Tensor) -> Tensor:
+        """Scores of the K classes, [B, K], by self.classifier: one of section 6's, on features."""
+        return self.classifier(self.encode(x)[0])
+
     def generate(self, z: Tensor) -> Tensor:
         """Mean of p(x|z), [B, D]."""
         return self.mean(*self.decode(z))
@@ -513,9 +515,7 @@ class M2(nn.Module):
         terms = q * (self.L(x, y, i) + log_q)  # q~(y|x) [ L(x,y) + log q~(y|x) ]
         return torch.zeros(B, device=x.device).index_add(0, i, terms)  # sum over y
 
-    def J_alpha(
-        self, x_l, y_l, x_u, share_l: float, alpha: float, weight_u=1.0, log_q=None
-    ) -> Tensor:
+    def J_alpha(self, x_l, y_l, x_u, share_l, alpha, weight_u=1.0, log_q=None) -> Tensor:
         """Eq. 8 and 9 per image of the whole set, estimated from a minibatch: a scalar, nats.
 
         x_l [n_l, D] have the labels y_l [n_l]; x_u [n_u, D] have none (any n_u, also 0).
@@ -755,11 +755,8 @@ class M1M2(nn.Module):
 def nearest(z: Tensor, points: Tensor, k: int) -> Tensor:
     """Indices of the k points [n, Z] nearest to each z [B, Z], nearest first: [B, k]."""
     squares, k = points.square().sum(1), min(k, len(points))
-    found = []
-    for chunk in z.split(500):
-        d = torch.addmm(squares, chunk, points.T, alpha=-2)  # |z - point|^2 less |z|^2, [500, n]
-        found.append(d.topk(k, largest=False).indices)
-    return torch.cat(found)
+    d = lambda z: torch.addmm(squares, z, points.T, alpha=-2)  # |z - point|^2 less |z|^2, [500, n]
+    return in_chunks(lambda z: d(z).topk(k, largest=False).indices, z, size=500)
 
 
 class NearestPoint(NamedTuple):
@@ -1126,9 +1123,7 @@ def unproject(x: Tensor, pca: dict | None) -> Tensor:
     return x if pca is None else (pca["mean"] + (x * pca["sd"]) @ pca["V"].T).clamp(0, 1)
 
 
-def load_data(
-    dataset: str, data_dir: Path, n_labels: int | None, seed: int, device, saved: dict | None = None
-) -> Data:
+def load_data(dataset: str, data_dir: Path, n_labels, seed: int, device, saved=None) -> Data:
     """Read a data set, split it by the seed and put it on the device.
 
     n_labels None: the data set's default. saved: a model.pt, which must be of the same data; its
@@ -1160,10 +1155,8 @@ def load_data(
     shape = arrays[0].shape[1:]
     usual = {"labels": 100, "likelihood": "bernoulli" if shape[0] == 1 else "gaussian"}
     row = usual | DATASETS.get(name, {})
-    x_train, x_test = (
-        torch.from_numpy(x if x.dtype == np.uint8 else x.astype(np.float32)).flatten(1).to(device)
-        for x in arrays[::2]
-    )
+    images = [x if x.dtype == np.uint8 else x.astype(np.float32) for x in arrays[::2]]
+    x_train, x_test = (torch.from_numpy(x).flatten(1).to(device) for x in images)
     y_train, y_test = (torch.from_numpy(y.astype(np.int64)) for y in arrays[1::2])
     l, u, v = split(y_train, n_labels or row["labels"], seed)
     pca = saved["pca"] if saved else None
@@ -1201,13 +1194,12 @@ def bfloat16_is_faster(device: torch.device) -> bool:
     return device.type == "cpu" and bool(can.get("amx_bf16") or fast_avx)
 
 
-def train(model: nn.Module, data: Data, s: dict, run: "Run", make_classify=None) -> None:
+def train(model: nn.Module, data: Data, s: dict, run: "Run", make_classifier=None) -> None:
     """Minimise model.objective with Adam, by the settings s; one row in the log per epoch.
 
     Everything stays on the device and, on an accelerator, nothing waits for it inside an epoch
     (so there the default threshold is 0: to count the labels above it, the host would wait).
-    make_classify() makes, after an epoch, the classifier for the validation error; without it, that
-    is model.classify.
+    make_classifier() gives M1 its classifier for the validation error, anew after every epoch.
     """
     N, M, device = len(data.x_l), len(data.x_u), data.x_l.device
     n_u = min(M, s["batch_size"])  # unlabelled images in a minibatch
@@ -1250,18 +1242,17 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", make_classify=None)
             if device.type == "cpu" or step + 1 == steps:
                 bad = (~losses[: step + 1].isfinite()).nonzero()
                 if len(bad):
-                    raise Diverged(
-                        f"the loss became infinite or NaN in epoch {epoch + 1}, step "
-                        f"{bad[0, 0] + 1}; try a learning rate below {s['lr']:g}, with --overwrite"
-                    )
+                    where = f"epoch {epoch + 1}, step {bad[0, 0] + 1}"
+                    raise Diverged(f"the loss is infinite or NaN in {where}; try a smaller --lr")
         seconds = time.perf_counter() - start
         model.eval()
-        classify = make_classify() if make_classify else model.classify
+        if make_classifier:
+            model.classifier = make_classifier()
         row = {
             "epoch": epoch + 1,
             "loss": losses.mean().item(),
             "bound": mean_bound(model, data.x_valid[:1000], data.likelihood),
-            "valid_error": error_rate(classify, data.x_valid, data.y_valid),
+            "valid_error": error_rate(model.classify, data.x_valid, data.y_valid),
             "images_per_second": steps * (n_u or n_l) / seconds,
             "seconds": seconds,
         }
@@ -1407,7 +1398,7 @@ PICTURES = [name + ".png" for name in PICTURES]
 
 
 @torch.no_grad()
-def pictures(model: nn.Module, classify, data: Data) -> dict:
+def pictures(model: nn.Module, data: Data) -> dict:
     """Pictures by file name. Noise from a fixed seed, so that they compare."""
     torch.manual_seed(0)
     device, K = data.x_test.device, min(data.y_dim, 20)
@@ -1447,7 +1438,7 @@ def pictures(model: nn.Module, classify, data: Data) -> dict:
             add("styles.png", grid.transpose(1, 2).flatten(1, 2), breaks=[10, 20])
 
     # mistakes.png: wrong test images, those first whose best score leads the second most
-    scores = in_chunks(classify, data.x_test)
+    scores = in_chunks(model.classify, data.x_test)
     best, answer = scores.topk(2)
     wrong = (answer[:, 0] != data.y_test).nonzero()[:, 0]
     wrong = wrong[(best[wrong, 0] - best[wrong, 1]).argsort(descending=True)][:20]
@@ -1558,12 +1549,9 @@ class Run:
         if self.images:
             write_pictures(self.folder, {"curves.png": curves(self.rows)})
         left = int(row["seconds"] * (self.epochs - row["epoch"]))
-        print(
-            f"{self.stage} epoch {row['epoch']}/{self.epochs}  bound {row['bound']:.2f} nats  "
-            f"valid error {row['valid_error']:.2f} %  {row['images_per_second']:,.0f} images/s  "
-            f"{left // 60}:{left % 60:02d} left",
-            flush=True,
-        )
+        figures = f"bound {row['bound']:.2f} nats  valid error {row['valid_error']:.2f} %"
+        pace = f"{row['images_per_second']:,.0f} images/s  {left // 60}:{left % 60:02d} left"
+        print(f"{self.stage} epoch {row['epoch']}/{self.epochs}  {figures}  {pace}", flush=True)
 
     def save(self, model: nn.Module, optimizer=None, classifier=None) -> None:
         """Write model.pt and, if anything was trained, log.csv."""
@@ -1631,15 +1619,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     # fmt: on
     group = parser.add_argument_group("settings, with fast's for m1, m2, m1+m2 (M2 stage), MNIST")
     for name, (fast, _, allowed, meaning) in SETTINGS.items():
-        words = isinstance(allowed[0], str)
-        group.add_argument(
-            "--" + name.replace("_", "-"),
-            type=str if words else number(*allowed),
-            nargs="+" if name == "hidden" else None,
-            choices=allowed if words else None,
-            metavar=name.split("_")[-1].upper(),
-            help=f"{meaning} ({', '.join(str(value) for value in fast if value is not None)})",
-        )
+        how = {"choices": allowed} if isinstance(allowed[0], str) else {"type": number(*allowed)}
+        how |= {"nargs": "+"} if name == "hidden" else {}
+        how["metavar"] = name.split("_")[-1].upper()
+        how["help"] = f"{meaning} ({', '.join(str(value) for value in fast if value is not None)})"
+        group.add_argument("--" + name.replace("_", "-"), **how)
     args = parser.parse_args(argv)
 
     known = ("auto", *FILES, "glyphs")
@@ -1708,8 +1692,8 @@ def assemble(s: dict, data: Data, m1: M1 | None = None, active: Tensor | None = 
     return model.to(data.x_test.device)
 
 
-def rebuild(path: Path, saved: dict, data: Data) -> tuple:
-    """The model in a model.pt and its classify; for M1, the saved classifier on its features.
+def rebuild(path: Path, saved: dict, data: Data) -> nn.Module:
+    """The model in a model.pt; M1 with its classifier.
 
     Raises BadInput if they do not fit each other or the data.
     """
@@ -1720,23 +1704,17 @@ def rebuild(path: Path, saved: dict, data: Data) -> tuple:
         model.eval()
         if s["model"] == "m1":
             kind = NearestPoint if s["classifier"] == "knn" else KernelMachine
-            classifier = kind(**saved["classifier"])
-            classify = lambda x: classifier(model.encode(x)[0])
-        else:
-            classify = model.classify
-        if classify(x).shape != (len(x), data.y_dim):
+            model.classifier = kind(**saved["classifier"])
+        if model.classify(x).shape != (len(x), data.y_dim):
             raise ValueError("another number of classes")
-    return model, classify
+    return model
 
 
-def summary(results: dict) -> str:
-    """The run's last line."""
-    return (
-        f"{results['model']}, {Path(results['dataset']).name}, N = {results['labels']}, "
-        f"seed {results['seed']}: test error {results['test_error']:.2f} %"
-        f"{paper_has(results, 'the paper: ')}, bound {results['bound']:.2f} nats, "
-        f"{results['seconds']:.0f} s"
-    )
+def summary(run: dict) -> str:
+    """The run's last line, from its results."""
+    what = f"{run['model']}, {Path(run['dataset']).name}, N = {run['labels']}, seed {run['seed']}"
+    error = f"test error {run['test_error']:.2f} %{paper_has(run, 'the paper: ')}"
+    return f"{what}: {error}, bound {run['bound']:.2f} nats, {run['seconds']:.0f} s"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1763,11 +1741,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def evaluate(model: nn.Module, classify, data: Data) -> dict:
+def evaluate(model: nn.Module, data: Data) -> dict:
     """The figures of a trained model. Until here no run has looked at the test set."""
     return {
-        "valid_error": error_rate(classify, data.x_valid, data.y_valid),
-        "test_error": error_rate(classify, data.x_test, data.y_test),
+        "valid_error": error_rate(model.classify, data.x_valid, data.y_valid),
+        "test_error": error_rate(model.classify, data.x_test, data.y_test),
         "bound": mean_bound(model, data.x_test, data.likelihood),
     }
 
@@ -1779,19 +1757,17 @@ def evaluate_saved(args: argparse.Namespace) -> None:
     s = saved["settings"]
     dataset = s["dataset"] if args.dataset == "auto" else args.dataset
     data = load_data(dataset, args.data_dir, s["labels"], s["seed"], device, saved)
-    model, classify = rebuild(args.load, saved, data)
-    results = s | evaluate(model, classify, data)
+    model = rebuild(args.load, saved, data)
+    results = s | evaluate(model, data)
     print(summary(results | {"seconds": time.perf_counter() - start}), flush=True)
     if args.nll:
         images = data.x_test[:1000]
         bound = mean_bound(model, images, data.likelihood)
         log_p = log_likelihood(model, images, data.likelihood, args.nll)
-        print(
-            f"the first {len(images)} test images: bound {bound:.2f} nats, log p(x) "
-            f"{log_p:.2f} nats by importance sampling with {args.nll} draws"
-        )
+        log_p = f"{log_p:.2f} nats by importance sampling with {args.nll} draws"
+        print(f"the first {len(images)} test images: bound {bound:.2f} nats, log p(x) {log_p}")
     if not args.no_images:
-        write_pictures(args.out_dir or args.load.parent, pictures(model, classify, data))
+        write_pictures(args.out_dir or args.load.parent, pictures(model, data))
 
 
 def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, dict | None]:
@@ -1800,19 +1776,17 @@ def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, d
     With --overwrite, removes what a run has written there. Raises BadInput rather than let a run
     be lost: where its settings are others, or it is unfinished and --resume is not given.
     """
-    results = saved = None
+    results, saved, begun = None, None, settings
     with or_bad_input(f"cannot use {folder}; give another --out-dir"):
         folder.mkdir(parents=True, exist_ok=True)
         if args.overwrite:
             for name in ["results.json", "model.pt", "log.csv", *PICTURES]:
                 (folder / name).unlink(missing_ok=True)
         if (folder / "results.json").exists():
-            results = json.loads((folder / "results.json").read_text())
+            results = begun = json.loads((folder / "results.json").read_text())
         elif (folder / "model.pt").exists():
             saved = load_saved(folder / "model.pt", device, finished=False)
-        else:
-            return None, None
-        begun = results or saved["settings"]
+            begun = saved["settings"]
         for key, value in settings.items():
             # The file of the data may have moved: its checksum tells.
             if key != "dataset" and begun.get(key) != value:
@@ -1870,7 +1844,7 @@ def train_and_evaluate(args: argparse.Namespace) -> None:
     saved_m1 = load_saved(args.m1, device) if args.m1 else None
     data = load_data(args.dataset, args.data_dir, args.labels, args.seed, device, saved_m1)
     s = choose_settings(args, data, device, saved_m1)
-    m1 = rebuild(args.m1, saved_m1, data)[0] if saved_m1 else None
+    m1 = rebuild(args.m1, saved_m1, data) if saved_m1 else None
 
     name = f"{args.model}-{Path(data.name).name}-{len(data.x_l)}-{args.seed}"
     folder = args.out_dir or Path("runs") / (name + "-paper" * (args.recipe == "paper"))
@@ -1885,7 +1859,7 @@ def train_and_evaluate(args: argparse.Namespace) -> None:
     # Train: M1 where the model has one and none is given, then M1's classifier or M2.
     run = Run(folder, s, saved, data.pca, images=not args.no_images)
     active = saved["model"].get("active") if saved else None  # if known, M1 has been trained
-    votes, classifier = F.one_hot(data.y_l, data.y_dim).float(), None
+    votes = F.one_hot(data.y_l, data.y_dim).float()
     images = torch.cat([data.x_l, data.x_u])
     if args.model != "m2" and m1 is None:
         torch.manual_seed(args.seed)
@@ -1893,25 +1867,21 @@ def train_and_evaluate(args: argparse.Namespace) -> None:
         no_labels = data._replace(x_l=images[:0], y_l=data.y_l[:0], x_u=images)
         if active is None:
             # For the progress lines, a classifier that needs no training: the nearest neighbour.
-            def nearest_labelled():
-                knn = NearestPoint(features(m1, data.x_l), votes)
-                return lambda x: knn(m1.encode(x)[0])
-
+            nearest_labelled = lambda: NearestPoint(features(m1, data.x_l), votes)
             train(m1, no_labels, stage_1(s), run, nearest_labelled)
     torch.manual_seed(args.seed)
     if args.model == "m1":
         z = features(m1, images)
         if s["classifier"] == "knn":
-            classifier = NearestPoint(z[: len(votes)], votes)
+            m1.classifier = NearestPoint(z[: len(votes)], votes)
         else:
-            classifier = kernel_machine(z, tsvm(z, data.y_l, data.y_dim))
-        model, classify = m1, lambda x: classifier(m1.encode(x)[0])
+            m1.classifier = kernel_machine(z, tsvm(z, data.y_l, data.y_dim))
+        model = m1
     else:
         if m1 and active is None:
             active = active_dimensions(m1, images)
         model = assemble(s, data, m1, active)
         train(model, data, s, run)
-        classify = model.classify
 
     # Evaluate, and write what came of it; pictures last, since they can be drawn again.
     results = {
@@ -1920,14 +1890,14 @@ def train_and_evaluate(args: argparse.Namespace) -> None:
         "parameters": sum(p.numel() for p in model.parameters()),
         "active": len(active_dimensions(m1, images)) if m1 else None,
         "images_per_second": run.rows[-1]["images_per_second"] if run.rows else None,
-        **evaluate(model, classify, data),
+        **evaluate(model, data),
         "seconds": time.perf_counter() - run.start,
     }
-    run.save(model, classifier=classifier)
+    run.save(model, classifier=getattr(model, "classifier", None))
     write_file(folder / "results.json", json.dumps(results, indent=2).encode())
     print(summary(results))
     if not args.no_images:
-        write_pictures(folder, pictures(model, classify, data))
+        write_pictures(folder, pictures(model, data))
     print(f"Written to {folder}/")
 
 
