@@ -364,7 +364,7 @@ def test_stack_objective_by_hand(fixed_noise, sees):
     stack = M1M2(m1, m2, torch.tensor([0, 2]))
     x_l, x_u, y = torch.rand(3, 6), torch.rand(4, 6), torch.tensor([0, 1, 2])
     s = {"alpha": 0.7, "ramp": 0.0, "balance": 0.0, "smooth": 0.0, "classifier_sees": sees}
-    found = stack.objective(x_l, y, x_u, 0.2, 1.0, s)
+    found = stack.objective(stack.encode(x_l), y, stack.encode(x_u), 0.2, 1.0, s)
     means, draws = [], []
     for x in (x_l, x_u):
         mu, logvar = (part[:, [0, 2]] for part in m1.q_z(x).chunk(2, -1))
@@ -394,8 +394,9 @@ def test_losses_and_gradients_stay_finite(fill, size, bf16):
     m2.q_y[-1].bias.data = torch.tensor([1e4, -1e4])
     stack = M1M2(M1(20, 3, (8,)), M2(3, 2, 1, (8,), likelihood="gaussian"), torch.arange(3)).train()
     for model in (m1, m2, stack):
+        seen = model.encode(x) if model is stack else x
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = sum(model.objective(x, y, x, 0.5, 1.0, s) for _ in range(8))
+            loss = sum(model.objective(seen, y, seen, 0.5, 1.0, s) for _ in range(8))
         loss.backward()
         assert loss.isfinite()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
@@ -1517,9 +1518,9 @@ def test_classes_can_be_pasted_elsewhere():
         model = eval(make, namespace)
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
         losses = []
-        model.train()
+        seen = model.eval().train().encode(x) if "M1M2" in make else x
         for _ in range(100):
-            loss = model.objective(x, y, x, 0.5, 1.0, s)
+            loss = model.objective(seen, y, seen, 0.5, 1.0, s)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -1560,6 +1561,7 @@ def trainable(model):
         if model == "m1+m2":
             net = M1M2(M1(784), net, torch.arange(30))
     net = net.to(device).train()
+    x = net.encode(x) if model == "m1+m2" else x
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], fused=True)
     x_l, x_u = (x[:0], x[:500]) if model == "m1" else (x[:100], x[100:])
 
