@@ -108,7 +108,7 @@ SETTINGS = {
     "init_std": ((0.0, 0.0, 0.0), (0.0, 0.001, 0.001), (0.0,),
                  "standard deviation of the initial weights; 0: PyTorch's, 0.5 in M2's y tables"),
     "weight_prior": ((0.0, 0.0, 0.0), (0.0, 1.0, 1.0), (0.0,),
-                     "1: N(0, I) is the prior of the weights; 0: none (see train)"),
+                     "v > 0: N(0, I / v) is the prior of the weights; 0: none (see train)"),
     "dropout": ((None, 0.2, 0.0), (None, 0.0, 0.0), (0.0, 0.99), "in the classifier"),
     "alpha": ((None, 10.0, 1.0), (None, 0.1, 0.1), (0.0,),
               "weight of the mean classification loss (see WHAT ALPHA IS)"),
