@@ -274,8 +274,8 @@ def test_eq8_eq9_J_alpha_against_a_loop_over_points(fixed_noise, threshold):
 
 
 def test_objective_is_J_alpha_once_the_ramp_is_over(fixed_noise, monkeypatch):
-    """The ramp changes nothing after s["ramp"]; at t = 0 only labels, balance and roughness count.
-    The balance is torch.distributions' KL from p(y) to the mean of q(y|x). The roughness counts
+    """The ramp changes nothing after s["ramp"]; at the start only labels, balance and roughness
+    count. The balance is torch.distributions' KL from p(y) to the mean of q(y|x). The roughness counts
     twice or not at all, by chance."""
     m2 = small_m2()
     x, y = (torch.rand(3, 6) < 0.5).float(), torch.tensor([0, 1, 2])
@@ -318,6 +318,7 @@ def test_roughness_against_a_search_over_all_directions():
 
 
 def test_roughness_keeps_the_running_statistics_those_of_x():
+    """They are what classifies later, so they may not move, while q(y|x+delta) is computed."""
     m2 = small_m2(batch_norm="q_y").train()
     x = torch.rand(50, 6)
     log_q = m2.log_q_y(x)
@@ -799,8 +800,7 @@ def test_pictures_show_what_they_say(small, tmp_path):
     first = int((data.y_test == 3).nonzero()[0, 0])
     answers[first] = F.one_hot(torch.tensor(7), 10).float()
     left = list(answers.split(1))
-    classify = lambda x: torch.cat([left.pop(0) for _ in x])
-    m2.classify = classify
+    m2.classify = lambda x: torch.cat([left.pop(0) for _ in x])
     mistakes = ssvae.pictures(m2, data)["mistakes.png"]
     wrong = data.x_test[first].view(28, 28)
     assert mistakes.width == 64 and np.array_equal(np.array(mistakes)[4:60:2, 4:60:2], wrong)
