@@ -368,7 +368,7 @@ class M1(nn.Module):
         return self.log_p_x(x, z) + log_p_z(z) - log_gaussian(z, mu, logvar)
 
     def classify(self, x: Tensor) -> Tensor:
-        """Scores of the K classes, [B, K]. self.classifier is set after training (6 CLASSIFIERS)."""
+        """Scores of the K classes, [B, K]; self.classifier is set after training (section 6)."""
         return self.classifier(self.encode(x)[0])
 
     def generate(self, z: Tensor) -> Tensor:
@@ -844,10 +844,10 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, C=0.3, steps=100, spread=0.3) 
 
 def kernel_machine(z: Tensor, f: Tensor, R=6000) -> KernelMachine:
     """Kernel ridge regression (a least-squares support vector machine without bias) with a
-    Gaussian kernel, fitted to what the TSVM found: the classes of the largest scores f [n, K] at the points
-    z [n, Z]. It answers for a new z, and, being smooth, does not follow where neighbours went wrong
-    here and there. (Validation error at N = 3000, seeds 0, 1, 2: 2.4, 2.3, 2.5 % by the mean score
-    of 7 neighbours, 1.9, 2.0, 2.0 % by this machine.)
+    Gaussian kernel, fitted to what the TSVM found: the classes of the largest scores f [n, K] at
+    the points z [n, Z]. It answers for a new z, and, being smooth, does not follow where neighbours
+    went wrong here and there. (Validation error at N = 3000, seeds 0, 1, 2: 2.4, 2.3, 2.5 % by the
+    mean score of 7 neighbours, 1.9, 2.0, 2.0 % by this machine.)
 
     Distances are those of u, z with every dimension times its standard deviation (one that M1
     hardly uses tells little of the class). The kernel of two points is exp(-|u - v|^2 / (2 w^2)),

@@ -275,8 +275,8 @@ def test_eq8_eq9_J_alpha_against_a_loop_over_points(fixed_noise, threshold):
 
 def test_objective_is_J_alpha_once_the_ramp_is_over(fixed_noise, monkeypatch):
     """The ramp changes nothing after s["ramp"]; at the start only labels, balance and roughness
-    count. The balance is torch.distributions' KL from p(y) to the mean of q(y|x). The roughness counts
-    twice or not at all, by chance."""
+    count. The balance is torch.distributions' KL from p(y) to the mean of q(y|x). The roughness
+    counts twice or not at all, by chance."""
     m2 = small_m2()
     x, y = (torch.rand(3, 6) < 0.5).float(), torch.tensor([0, 1, 2])
     s = {"alpha": 0.7, "ramp": 0.5, "balance": 0.3, "smooth": 0.0}
