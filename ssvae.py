@@ -58,7 +58,6 @@ import io
 import json
 import math
 import os
-import shlex
 import sys
 import time
 import warnings
@@ -151,7 +150,7 @@ DATASETS = {
     # (see M2) by at most about log 3 = 1.1 nats. The balance would enforce 1/K; so it is left out.
     "svhn": {"labels": 1000, "m2": {"balance": 0.0, "z_dim": 50}, "m1+m2": {"balance": 0.0}},
     "norb": {"labels": 1000, "likelihood": "gaussian", "m2": {"z_dim": 50}},
-    # M1's 1-NN error is the same after 30 epochs.
+    # M1's 1-NN error is no lower after 30 epochs than after 15.
     "glyphs": {"m1": {"epochs": 15, "hidden": (600, 600)}},
 }
 
@@ -325,15 +324,12 @@ class M1(nn.Module):
         """Parameters of p(x|z), each [B, D]: the logits, or the mean and the log-variance."""
         return self.p_x(z).chunk(self.outputs, -1)
 
-    def log_p_x(self, x: Tensor, z: Tensor) -> Tensor:
-        """log p(x|z), [B], nats."""
-        return self.log_density(x, *self.decode(z))
-
     def J(self, x: Tensor, beta: float = 1.0) -> Tensor:
         """Eq. 5 with one draw of z, [B], nats per image. If beta = 1, -J <= log p(x) on average."""
         mu, logvar = self.encode(x)
         z = sample_gaussian(mu, logvar)
-        return -self.log_p_x(x, z) + beta * kl_gaussian(mu, logvar)
+        log_p_x = self.log_density(x, *self.decode(z))  # log p(x|z)
+        return -log_p_x + beta * kl_gaussian(mu, logvar)
 
     def objective(self, x_l, y_l, x_u, share_l: float, done: float, s) -> Tensor:
         """Training loss, a scalar in nats per image; done in [0, 1) is the part of training that is
@@ -365,7 +361,8 @@ class M1(nn.Module):
         """
         mu, logvar = self.encode(x)
         z = sample_gaussian(mu, logvar)
-        return self.log_p_x(x, z) + log_p_z(z) - log_gaussian(z, mu, logvar)
+        log_p_x = self.log_density(x, *self.decode(z))  # log p(x|z)
+        return log_p_x + log_p_z(z) - log_gaussian(z, mu, logvar)
 
     def classify(self, x: Tensor) -> Tensor:
         """Scores of the K classes, [B, K]; self.classifier is set after training (section 6)."""
@@ -525,17 +522,12 @@ class M2(nn.Module):
         alpha is the weight per image, a of WHAT ALPHA IS; weight_u multiplies U (see
         objective). log_q = log q(y|x) of x_l, then x_u, [n_l + n_u, K], if it is known already.
         """
-        n_l, x = len(x_l), torch.cat([x_l, x_u])
+        n_l = len(x_l)
         if log_q is None:
-            log_q = self.log_q_y(x)  # one call: one set of batch statistics
-        # Eq. 6 is eq. 7 where the class is known, so one call computes both: for x_l, log q is 0 at
-        # the label and elsewhere log 0, as -1e4, which times 0 is 0. (At threshold 0, the L of the
-        # other classes are computed as well, with weight 0.)
-        certain = 1e4 * (F.one_hot(y_l, self.y_dim) - 1)
-        LU = self.U(x, torch.cat([certain, log_q[n_l:]]))  # L(x,y) of x_l, then U(x) of x_u
-        loss = share_l * LU[:n_l].mean() + alpha * F.nll_loss(log_q[:n_l], y_l)
+            log_q = self.log_q_y(torch.cat([x_l, x_u]))  # one call: one set of batch statistics
+        loss = share_l * self.L(x_l, y_l).mean() + alpha * F.nll_loss(log_q[:n_l], y_l)
         if len(x_u):
-            loss = loss + (1 - share_l) * weight_u * LU[n_l:].mean()
+            loss = loss + (1 - share_l) * weight_u * self.U(x_u, log_q[n_l:]).mean()
         return loss
 
     def imbalance(self, log_q: Tensor) -> Tensor:
@@ -581,7 +573,8 @@ class M2(nn.Module):
             logits = torch.func.functional_call(self.q_y, scratch, (x + delta,))
             return (log_q.exp() * (log_q - F.log_softmax(logits.float(), -1))).sum(-1)
 
-        delta = (distance * F.normalize(torch.randn_like(x))).requires_grad_()
+        anywhere = random_integers(x, torch.int8).float()  # for a direction, normal noise is dear
+        delta = (distance * F.normalize(anywhere)).requires_grad_()
         (gradient,) = torch.autograd.grad(kl(delta).sum(), delta)
         return kl(distance * F.normalize(gradient))
 
@@ -1009,14 +1002,10 @@ def load_norb(folder: Path) -> list[np.ndarray]:
             kind = {0x1E3D4C55: "u1", 0x1E3D4C54: "<i4"}[magic]
             sizes = np.frombuffer(file.read(4 * max(3, ndim)), "<i4")[:ndim]
             array = np.frombuffer(file.read(), kind).reshape(sizes)  # C order
-        if "dat" in name:
-            if array.ndim != 4 or array.shape[1:] != (2, 96, 96) or kind != "u1":
-                raise BadInput(f"{path}: shape {array.shape}, not [n, 2, 96, 96] of bytes")
-            array = array[:, 0].reshape(-1, 1, 32, 3, 32, 3)
-            array = array.sum((3, 5), dtype=np.uint16).astype(np.float32) / (9 * 255)
-        elif array.shape != arrays[-1].shape[:1] or array.min() < 0 or array.max() > 4:
-            raise BadInput(f"{path}: not {len(arrays[-1])} labels 0..4, one an image")
-        arrays.append(array if "dat" in name else array.astype(np.int64))
+            if "dat" in name:  # [n, 2, 96, 96]
+                array = array.reshape(len(array), 2, 1, 32, 3, 32, 3)[:, 0]
+                array = array.sum((3, 5), dtype=np.uint16).astype(np.float32) / (9 * 255)
+        arrays.append(array)
     return arrays
 
 
@@ -1056,8 +1045,9 @@ def load_npz(path: Path) -> list[np.ndarray]:
     Raises BadInput if it is not such a file.
     """
     names = ["x_train", "y_train", "x_test", "y_test"]
-    hint = f"it must be an npz file of {', '.join(names)}, the images [n, H, W] or [n, H, W, C]"
-    with or_bad_input(f"cannot read {path}: {hint}"), np.load(path, allow_pickle=False) as file:
+    hint = f"an npz file of {', '.join(names)}, the images [n, H, W] or [n, H, W, C]"
+    hint = f"--dataset {path}: give {', '.join(FILES)}, glyphs or {hint}"
+    with or_bad_input(hint), np.load(path, allow_pickle=False) as file:
         arrays = [file[name] for name in names]
         arrays[::2] = [x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2) for x in arrays[::2]]
     return arrays
@@ -1069,17 +1059,13 @@ def check(source: str | Path, arrays: list[np.ndarray]) -> None:
     for x, y, part in ((x_train, y_train, "train"), (x_test, y_test, "test")):
         if 0 in x.shape or x.shape[1:] != x_train.shape[1:]:
             raise BadInput(f"{source}: the images x_{part} have an unusable shape, {x.shape}")
-        if x.dtype != np.uint8 and x.dtype.kind != "f":
-            raise BadInput(f"{source}: x_{part} has type {x.dtype}, not uint8 or float")
-        if x.dtype.kind == "f" and not (0 <= x.min() and x.max() <= 1):  # false for NaN too
-            raise BadInput(f"{source}: x_{part} has values outside [0, 1]; scale it")
+        if x.dtype != np.uint8 and not (x.dtype.kind == "f" and 0 <= x.min() and x.max() <= 1):
+            raise BadInput(f"{source}: x_{part} must be uint8, or floats in [0, 1]; scale it")
         if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0:
             raise BadInput(f"{source}: y_{part} must be {len(x)} integers from 0, one an image")
-    if len(x_train) < 6:
-        raise BadInput(f"{source}: {len(x_train)} training images are too few")
     y_dim = int(y_train.max()) + 1
-    if y_dim < 2 or y_test.max() >= y_dim or len(np.unique(y_train)) != y_dim:
-        raise BadInput(f"{source}: the labels must be 0..K-1, K >= 2, each of them in y_train")
+    if y_dim < 2 or y_test.max() >= y_dim or len(np.unique(y_train)) != y_dim or len(x_train) < 6:
+        raise BadInput(f"{source}: y_train must be 6 or more labels, all of 0..K-1, K >= 2")
 
 
 def split(y: Tensor, n_labels: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -1249,12 +1235,6 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", make_classifier=Non
             losses[step] = loss.detach()
             if sys.stdout.isatty() and step % 10 == 0:  # "\r": what is printed next replaces it
                 print(f"epoch {epoch + 1}, step {step} of {steps}", end="\r", flush=True)
-            # Looking at a loss makes the host wait for the device: on a GPU, do it once an epoch.
-            if device.type == "cpu" or step + 1 == steps:
-                bad = (~losses[: step + 1].isfinite()).nonzero()
-                if len(bad):
-                    where = f"epoch {epoch + 1}, step {bad[0, 0] + 1}"
-                    raise Diverged(f"the loss is infinite or NaN in {where}; try a smaller --lr")
         seconds = time.perf_counter() - start
         model.eval()
         if make_classifier:
@@ -1267,8 +1247,9 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", make_classifier=Non
             "images_per_second": steps * (n_u or n_l) / seconds,
             "seconds": seconds,
         }
-        if not math.isfinite(row["bound"]):  # the epoch's last update
-            raise Diverged(f"the bound is infinite or NaN in epoch {epoch + 1}; try a smaller --lr")
+        if not math.isfinite(row["loss"] + row["bound"]):
+            what = "the loss or the bound is infinite or NaN"
+            raise Diverged(f"{what} in epoch {epoch + 1}; try a smaller --lr")
         run.end_epoch(row, model, optimizer)
     model.eval()
 
@@ -1471,11 +1452,8 @@ def write_file(path: Path, content: bytes) -> None:
     with or_bad_input(f"cannot write {path}; try another --out-dir"):  # a full disk, ...
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(beside, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
+            beside.write_bytes(content)
+            beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)
 
@@ -1504,16 +1482,9 @@ def paper_has(run: dict, sign: str = "") -> str:
 
 
 # What model.pt holds. It is written after every epoch, with all that the next epoch depends on, so
-# that an interrupted run can go on; a finished run's has no optimizer.
-SAVED = {
-    "settings": dict,
-    "model": dict,
-    "optimizer": dict | None,
-    "classifier": dict | None,  # of a finished m1 (6 CLASSIFIERS)
-    "pca": dict | None,
-    "rows": list,  # of log.csv; the last tells the stage and the epochs done in it
-    "seconds": float,
-}
+# that an interrupted run can go on. A finished run's has no optimizer; a finished m1's, a
+# classifier. The rows are those of log.csv; the last tells the stage and the epochs done in it.
+SAVED = ("settings", "model", "optimizer", "classifier", "pca", "rows", "seconds")
 
 
 def load_saved(path: Path, device, finished=True) -> dict:
@@ -1523,9 +1494,8 @@ def load_saved(path: Path, device, finished=True) -> dict:
         warnings.simplefilter("ignore")
         saved = torch.load(path, map_location=device, weights_only=True)
         s, kinds = saved["settings"], {"dataset": str, "checksum": int, "labels": int, "seed": int}
-        fits = [isinstance(saved[name], kind) for name, kind in SAVED.items()]
-        fits += [isinstance(s[name], kind) for name, kind in kinds.items()]
-        if not all(fits) or s["model"] not in MODELS or s["seed"] >> 63:
+        fits = [isinstance(s[name], kind) for name, kind in kinds.items()]
+        if not all(fits) or s["seed"] >> 63 or saved.keys() != set(SAVED):
             raise ValueError("something in it is of another kind")
     if finished and saved["optimizer"] is not None:
         raise BadInput(f"{path} is of an unfinished run; go on with it by --resume first")
@@ -1638,19 +1608,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         group.add_argument("--" + name.replace("_", "-"), **how)
     args = parser.parse_args(argv)
 
-    known = ("auto", *FILES, "glyphs")
-    if args.dataset not in known and not args.dataset.endswith(".npz"):
-        raise BadInput(f"--dataset {args.dataset}: choose {', '.join(known)} or a file PATH.npz")
     if args.labels and len(args.labels) > 1 and not args.reproduce:
         raise BadInput("several --labels are for --reproduce; give one")
 
     # Options without a meaning for what is to be done are refused.
-    model = args.model or "m2"
+    model = args.model or ("m1+m2" if args.reproduce else "m2")
     mode = f"--model {model}" + " --m1 FILE" * bool(args.m1)
     banned = {"nll", "seeds"} | SETTINGS.keys() - settings_of(model)
     banned |= {"m1"} if model == "m2" else set()
-    if args.m1 or (model != "m1+m2" and (args.model or not args.reproduce)):
-        banned |= {"m1_epochs"}
+    banned |= {"m1_epochs"} if args.m1 or model != "m1+m2" else set()
     if args.m1 and model == "m1":  # that M1 has its own settings
         banned |= {"recipe", *SETTINGS} - {"classifier"}
     if args.load:
@@ -1740,16 +1706,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ssvae: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
+        if "allocate" not in str(error) and not isinstance(error, MemoryError):
             raise
         print(f"ssvae: {one_line(error)}; try a smaller --batch-size", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        argv = [a for a in (sys.argv[1:] if argv is None else argv) if a != "--overwrite"]
-        again = ["python", sys.argv[0], *argv]
-        if not {"--resume", "--load", "--reproduce"} & {word.split("=")[0] for word in argv}:
-            again.append("--resume")
-        print(f"\nssvae: interrupted; go on with: {shlex.join(again)}", file=sys.stderr)
+        again = "the same command, with --resume unless it has --reproduce or --load"
+        print(f"\nssvae: interrupted; go on with {again}", file=sys.stderr)
         return 130
 
 
@@ -1930,7 +1893,7 @@ def reproduce(args: argparse.Namespace) -> None:
         train_and_evaluate(argparse.Namespace(**vars(args) | {"m1": None, "m1_epochs": None} | own))
 
     cells = [(s, N, model) for s in range(args.seeds) for N in args.labels for model in models]
-    runs, none = [], dict.fromkeys(SETTINGS)
+    runs, none, start, ran = [], dict.fromkeys(SETTINGS), time.perf_counter(), 0
     for done, (seed, N, model) in enumerate(cells, 1):
         out, m1 = folder / f"{model}-{N}-{seed}", folder / f"shared-m1-{seed}" / "model.pt"
         if model != "m2" and N == args.labels[0]:
@@ -1941,11 +1904,11 @@ def reproduce(args: argparse.Namespace) -> None:
             own = {} if args.model == "m1" else none | {"epochs": args.m1_epochs}
             go(m1.parent, "m1", n_labels, seed, **own)
         own = none | {"classifier": args.classifier} if model == "m1" else {}
+        ran += not (out / "results.json").exists()
         go(out, model, N, seed, m1=None if model == "m2" else m1, **own)
         runs.append(json.loads((out / "results.json").read_text()))
         table = write_table(folder, runs)
-        spent = {m: [run["seconds"] for run in runs if run["model"] == m] for m in models}
-        left = sum(np.mean(spent[m]) for _, _, m in cells[done:] if spent[m]) / 60
+        left = (time.perf_counter() - start) / max(ran, 1) * (len(cells) - done) / 60
         print(f"{done} of {len(cells)} runs done, about {left:.0f} minutes left\n", flush=True)
     print(f"\n{table}\nWritten to {folder}/")
 
