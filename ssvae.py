@@ -79,8 +79,9 @@ from torch import Tensor, nn
 # =================================================================================================
 # "fast" (the default) was chosen on MNIST with N = 100, by the error on the 10,000 validation
 # images (whose labels are used for that, as in the paper: N labels alone would be a poor guide);
-# "paper" is what the paper and its authors' code publish (but "tsvm", a transductive SVM, is ours:
-# 6 CLASSIFIERS). The stack (M1+M2) trains its M1 by the column m1, its M2 by the column m1+m2.
+# "paper" is what the paper and its authors' code publish for MNIST with N = 100 (with more labels
+# they have twice the minibatches: --batch-size 250); its "tsvm" is ours (6 CLASSIFIERS). The stack
+# (M1+M2) trains its M1 by the column m1, its M2 by the column m1+m2.
 # Every row is also an option: --batch-size 200, say.
 
 MODELS = ("m1", "m2", "m1+m2")
@@ -119,7 +120,7 @@ SETTINGS = {
     "ramp": ((0.15, 0.5, 0.5), (0.0, 0.0, 0.0), (0.0, 1.0),
              "part of training in which M1's KL or M2's U fades in (see objective)"),
     "threshold": ((None, 0.01, 0.01), (None, 0.0, 0.0), (0.0, 1.0),
-                  "classes with q(y|x) below it and 1/(2K) are left out of U; GPUs: 0"),
+                  "U skips classes with q(y|x) below it (or 1/(2K), if less); GPUs: 0"),
     "classifier_sees": ((None, None, "mean"), (None, None, "draw"), ("mean", "draw"),
                         "the stack's q(y|x) is given the mean of q(z1|x) or the draw z1"),
     "classifier": (("tsvm", None, None), ("tsvm", None, None), ("tsvm", "knn"),
@@ -162,8 +163,8 @@ DATASETS = {
 class BatchNorm(nn.BatchNorm1d):
     """Batch normalisation over [B, D]; a minibatch of one is normalised by running statistics.
 
-    In training, a decoder with it depends on its whole minibatch, so the loss is no exact bound of
-    one model (q may depend on anything); evaluation uses the running statistics: there it is exact.
+    In training, p(x|z) then depends on the other images of the minibatch, so minus the loss is not
+    quite a bound (q may do so freely); in evaluation, with running statistics, it is.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,15 +174,15 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 def random_integers(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Integers uniform over a dtype's range, of the shape of like. Drawn eight bytes at a time, so
-    on CPUs many times as fast as a float each."""
+    """Integers uniform over a dtype's range, of the shape of like. For speed alone: drawn eight
+    bytes at a time, on CPUs they take a small part of the time of as many floats."""
     n = like.numel()
     eights = torch.randint(-(2**63), 2**63 - 1, (n * dtype.itemsize // 8 + 1,), device=like.device)
     return eights.view(dtype)[:n].view(like.shape)
 
 
 class Dropout(nn.Dropout):
-    """Dropout by random bytes, for speed: p is rounded to a multiple of 1/256."""
+    """Dropout by random bytes, for speed alone: p is rounded to a multiple of 1/256."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -333,9 +334,8 @@ class M1(nn.Module):
 
     def objective(self, x_l, y_l, x_u, share_l: float, done: float, s) -> Tensor:
         """Training loss, a scalar in nats per image; done in [0, 1) is the part of training that is
-        over, s the settings.
-
-        (The arguments are M2.objective's; M1 has all its images in x_u and uses no labels.)
+        over, s the settings. All images are in x_u: M1 uses no labels. (The other arguments are
+        there because M2 needs them, and one loop trains both.)
 
         Why the ramp. Early on the decoder is too poor to use z, so the cheapest thing a latent
         dimension can do is to pay no KL: q(z_d|x) = p(z_d). The decoder then learns to ignore it,
@@ -424,8 +424,8 @@ class M1(nn.Module):
 # which it gives less than a threshold, and renormalise what is left to q~(y|x): U with q~ in place
 # of q is again minus a lower bound on log p(x); the closer q~ is to r, the tighter (formula above).
 # It costs one L(x,y) per class kept: once q(y|x) is sure of most images, little more than one. At
-# threshold 0 it is U itself. The price: U sends no gradient to the logit of a class cut for x. The
-# class returns by the loss's other terms, by other images, or if the logits of those kept fall.
+# threshold 0 it is U itself. The price: U no longer moves the logit of a class cut for x. What can
+# bring it back: the loss's other terms, other images, or a fall of the logits of those kept.
 # (And where q(z|x,y) and p(x|y,z) have batch normalisation, only kept pairs enter its
 # statistics.)
 
@@ -486,9 +486,9 @@ class M2(nn.Module):
     def pairs(self, B: int, device, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """i, y and once, [P]: all B * K pairs of an image and a class, or those where keep [B, K].
 
-        The kept are repeated from the start up to a multiple of ceil(B/10), since CPU libraries
-        prepare anew for every shape they meet; once, [P], is False for a repeated pair (which has
-        weight 0 in U; only batch normalisation sees it).
+        CPU libraries prepare anew for every shape they meet, so the kept are filled up to a
+        multiple of ceil(B/10) with repetitions. once, [P], is False for these: they have weight 0
+        in U, though batch normalisation sees them.
         """
         if keep is None:
             p = torch.arange(B * self.y_dim, device=device)
@@ -534,10 +534,10 @@ class M2(nn.Module):
         """KL( p(y) || mean of q(y|x) over B images ), log_q [B, K] -> a scalar, nats; times
         B / (50 K) if that is below 1.
 
-        Averaged over x from the model, p(y|x) is p(y). U does not ask that of q(y|x): where q is
-        certain, it pays -log p(y) = log K whichever class it names. This asks it: a class that
-        empties costs without limit. Over many images it is 0 for a right q(y|x) if the classes are
-        as frequent as p(y) says; also for q(y|x) = 1/K, which the labels rule out.
+        Averaged over x from the model, p(y|x) is p(y). U does not ask that of q(y|x): a certain q
+        pays -log p(y) = log K for whichever class it names, be it always the same. This does: an
+        empty class costs without limit. Over many images it is 0 for a right q(y|x) if the classes
+        are as frequent as p(y) says; also for q(y|x) = 1/K, which the labels rule out.
         """
         # With p(y) = 1/K: KL = sum_y 1/K [ log 1/K - log mean q(y|x) ]. A minibatch has class
         # counts of its own: even a q(y|x) that is right and certain typically pays about
@@ -558,8 +558,8 @@ class M2(nn.Module):
         has its least, 0, at delta = 0, so for small delta it is about delta^T A delta / 2 (A: its
         second derivatives at 0), largest along the eigenvector of A with the largest eigenvalue. A
         step of the power method turns a random delta roughly there: to A delta, for small delta the
-        gradient at delta. (Ours is taken at full length, and with batch normalisation an image's KL
-        depends a little on the others' delta: an estimate.) q(y|x) is held constant: q(y|x+delta)
+        gradient at delta. (Only an estimate: our delta is not small, and batch normalisation lets
+        the others' delta in.) q(y|x) is held constant: q(y|x+delta)
         is to move to it, not the other way round. With dropout the KL is above 0 even at delta = 0
         and the direction rougher; it then also teaches q(y|x) to depend less on the dropout mask.
         """
@@ -590,8 +590,8 @@ class M2(nn.Module):
         before it hears the generative model, which at first has no opinion worth hearing. (The
         generative model itself learns from U almost at once: its other loss, L, has weight
         N / (N + M), 0.002 for 100 of 50,000, and Adam's steps hardly depend on scale.) Until the
-        weight is 1, minus the loss need not be a lower bound; after that all that is added is >= 0,
-        and only makes it a looser one; self.bound always is eq. 7's.
+        weight is 1, minus the loss need not be a lower bound; then it is one, if a looser one than
+        eq. 8's, since what is added is >= 0. self.bound is always eq. 7's.
         (2) Dropout keeps q(y|x) from fitting the labels too closely.
         (3) An alpha larger than the paper's keeps them from being outvoted by the many guesses.
         (4) No class may swallow another: balance times imbalance is added, and not faded in,
@@ -667,11 +667,11 @@ class M2(nn.Module):
 # no longer change, so raising this bound is lowering E_q(z1|x)[ U(z1) ]: M2, with a Gaussian
 # p(z1|y,z2), on a fresh draw of z1 at every visit of x. For labelled x, log p(x,y) has the same
 # bound with -L(z1,y) <= log p(z1,y) in place of -U(z1).
-# What q may look at. The bound holds for every q(z1) and every q(y), whatever they depend on; U(z1)
-# means U(z1, given that). Let g be the grey image of which x is a draw (Gaussian data: g = x).
-#   z1 is drawn from q(z1|g) in training: the bound holds for each such x, hence on average over
-#     them, and the mean and variance of q(z1|g) are computed once. M1 was trained on x, though, so
-#     q(z1|x) should give the tighter bound, which is evaluated with it.
+# What q may look at. Anything: the bound holds for every q(z1) and every q(y); U(z1) is computed by
+# the q(y) chosen. Let g be the grey image of which x is a draw (Gaussian data: g = x).
+#   z1 is drawn from q(z1|g) in training: the bound holds for every x drawn from g, so on average
+#     over them, and the mean and variance of q(z1|g) are computed once. M1 was trained on x, so
+#     q(z1|x) should give the tighter bound: the bound is evaluated with it.
 #   q(y|.) is given the mean of q(z1|g), without noise, as when it classifies. (Where the bound is
 #     evaluated, the mean of q(z1|x).) The price: a looser bound than with the best q(y|z1), since y
 #     may not depend on the draw. In the paper's recipe it sees z1 in training.
@@ -810,9 +810,9 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, C=0.3, steps=100, spread=0.3) 
     C = 0, labels would only spread among neighbours.) The best y is argmax_c f_c: changing y from c
     to d adds g(f_d) - g(f_c), and g(f) = max(0, 1 - f)^2 - max(0, 1 + f)^2 decreases in f.
 
-    That is a guide, not what is minimised: no step is sure to lower it. At first all unlabelled
-    points have f = -1, no class, and for a part `spread` of the steps labels spread without the
-    last term, f = m: an early wrong guess would spread too. After that, every unlabelled point that
+    That is a guide: no step is sure to lower it. Unlabelled points start at f = -1, no class. In a
+    part `spread` of the steps labels spread without the last term, f = m, because an early wrong
+    guess would spread too. After that, every unlabelled point that
     a label has reached minimises the two terms of its own index i, its neighbours' last scores held
     fixed (svm_step. Which y? At that f, C / (1 + C) hinge(m, y) is left: the argmax of m). And m
     is scaled before the step, so that every class has its share, taken to be 1/K as p(y) has it
@@ -1278,9 +1278,9 @@ def log_likelihood(model: nn.Module, images: Tensor, likelihood: str, draws: int
 
     model.log_weight draws log w with E[w] = p(x). So the mean of w over S draws estimates p(x)
     without bias, and its log, log p(x): by Jensen too low on average, but less so the larger S is.
-    (With one draw, M1's is on average the bound; M2's and the stack's, which lose no KL over y, lie
-    above theirs.) Its distance above the bound (which saw other draws of x, so give or take some
-    noise) estimates, from below, the bound's gap: the mean KL between q and the true posterior.
+    (With S = 1, M1's is on average the bound; M2's and the stack's lie above theirs, as they sum
+    over y exactly.) This less the bound is, on average, too low an estimate of the bound's gap, the
+    mean KL between q and the true posterior. (The bound saw other draws of x: some noise.)
     """
 
     def estimate(x: Tensor) -> Tensor:
@@ -1323,9 +1323,9 @@ def active_dimensions(m1: M1, images: Tensor) -> Tensor:
 #     (--alpha 0.02; the paper's 0.1 would be 0.0002)                                      24.5 %
 #   no ramp of the unlabelled images' loss U (--ramp 0)                                    18.8 %
 # M1 and the TSVM on it, --model m1 --epochs 10: bound -96.58 nats                          2.1 %
-#   grey pixels for x in training, not binary draws: no harm to the features. (Since log p(x|z) is
-#     affine in x, the loss is minus a bound still, on the mean log p(x) of the draws, with a q(z|.)
-#     that does not see which was drawn: a looser one.) On binary images the bound is -97.11  2.5 %
+#   grey pixels for x in training, not binary draws: no harm to the features. (log p(x|z) is affine
+#     in x, so minus the loss bounds the mean log p(x) of the draws, more loosely, since q(z|.) does
+#     not see which x was drawn.) On binary images the bound is -97.11  2.5 %
 #   towards posterior collapse: no ramp, no batch normalisation, softplus (--ramp 0 --batch-norm
 #     none --activation softplus): bound -136.67 nats                                      22.6 %
 
@@ -1613,7 +1613,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
     # Options without a meaning for what is to be done are refused.
     model = args.model or ("m1+m2" if args.reproduce else "m2")
-    mode = f"--model {model}" + " --m1 FILE" * bool(args.m1)
+    mode = f"--model {model}" + " --m1 FILE" * bool(args.m1 and model != "m2")
     banned = {"nll", "seeds"} | SETTINGS.keys() - settings_of(model)
     banned |= {"m1"} if model == "m2" else set()
     banned |= {"m1_epochs"} if args.m1 or model != "m1+m2" else set()
@@ -1786,7 +1786,7 @@ def choose_settings(args, data: Data, device, saved_m1: dict | None) -> dict:
         s["threshold"] = 0.0  # counting the kept pairs would make the host wait at every step
     m1 = settings_of("m1", args.recipe, data.name)
     m1["epochs"] = args.m1_epochs or m1["epochs"]
-    if saved_m1:  # one of another seed has seen, unlabelled, images that are validation images here
+    if saved_m1:  # another seed's was trained on images that are validation images here
         m1 = saved_m1["settings"]
         for key, value in {"model": "m1", "seed": args.seed}.items():
             if m1[key] != value:
