@@ -522,12 +522,17 @@ class M2(nn.Module):
         alpha is the weight per image, a of WHAT ALPHA IS; weight_u multiplies U (see
         objective). log_q = log q(y|x) of x_l, then x_u, [n_l + n_u, K], if it is known already.
         """
-        n_l = len(x_l)
+        n_l, x = len(x_l), torch.cat([x_l, x_u])
         if log_q is None:
-            log_q = self.log_q_y(torch.cat([x_l, x_u]))  # one call: one set of batch statistics
-        loss = share_l * self.L(x_l, y_l).mean() + alpha * F.nll_loss(log_q[:n_l], y_l)
+            log_q = self.log_q_y(x)
+        # Eq. 6 is eq. 7 with a q that is certain of the label: log q = 0 there, -1e4 elsewhere (for
+        # log 0). So one call computes L and U, with one set of batch statistics. (At threshold 0 it
+        # also computes the labelled images' L for the other classes, in vain.)
+        certain = 1e4 * (F.one_hot(y_l, self.y_dim) - 1)
+        L, U = self.U(x, torch.cat([certain, log_q[n_l:]])).split([n_l, len(x_u)])
+        loss = share_l * L.mean() + alpha * F.nll_loss(log_q[:n_l], y_l)
         if len(x_u):
-            loss = loss + (1 - share_l) * weight_u * self.U(x_u, log_q[n_l:]).mean()
+            loss = loss + (1 - share_l) * weight_u * U.mean()
         return loss
 
     def imbalance(self, log_q: Tensor) -> Tensor:
@@ -573,8 +578,7 @@ class M2(nn.Module):
             logits = torch.func.functional_call(self.q_y, scratch, (x + delta,))
             return (log_q.exp() * (log_q - F.log_softmax(logits.float(), -1))).sum(-1)
 
-        anywhere = random_integers(x, torch.int8).float()  # for a direction, normal noise is dear
-        delta = (distance * F.normalize(anywhere)).requires_grad_()
+        delta = (distance * F.normalize(torch.randn_like(x))).requires_grad_()
         (gradient,) = torch.autograd.grad(kl(delta).sum(), delta)
         return kl(distance * F.normalize(gradient))
 

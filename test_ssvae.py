@@ -261,7 +261,7 @@ def test_without_the_entropy_the_best_q_is_certain_and_with_it_bayes_rule(fixed_
 @pytest.mark.parametrize("threshold", [0.0, 0.16])
 def test_eq8_eq9_J_alpha_against_a_loop_over_points(fixed_noise, threshold):
     """The minibatch estimate on the whole set is J^alpha / (N + M), alpha on the labelled mean.
-    U is enumerated, with q(y|x) cut by hand."""
+    L, which J_alpha gets from U, is eq. 6's; U is enumerated, with q(y|x) cut by hand."""
     m2 = small_m2(threshold=threshold)
     x_l, x_u = (torch.rand(2, 8, 6) < 0.5).float()
     x_l, y_l = x_l[:3], torch.tensor([0, 1, 2])
