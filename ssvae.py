@@ -79,8 +79,8 @@ from torch import Tensor, nn
 # =================================================================================================
 # "fast" (the default) was chosen on MNIST with N = 100, by the error on the 10,000 validation
 # images (whose labels are used for that, as in the paper: N labels alone would be a poor guide);
-# "paper" is what the paper and its authors' code publish for MNIST with N = 100 (with more labels
-# they have twice the minibatches: --batch-size 250); its "tsvm" is ours (6 CLASSIFIERS). The stack
+# "paper" is what the paper and its authors' code publish for MNIST with N = 100 (for more labels
+# twice as many minibatches: --batch-size 250); its "tsvm" is ours (6 CLASSIFIERS). The stack
 # (M1+M2) trains its M1 by the column m1, its M2 by the column m1+m2.
 # Every row is also an option: --batch-size 200, say.
 
@@ -118,7 +118,7 @@ SETTINGS = {
                "distance in x or z1 over which q(y|.) is kept smooth (M2.roughness); 0: none"),
     "beta": ((1.0, None, None), (1.0, None, None), (0.0,), "weight of the KL in eq. 5"),
     "ramp": ((0.15, 0.5, 0.5), (0.0, 0.0, 0.0), (0.0, 1.0),
-             "part of training in which M1's KL or M2's U fades in (see objective)"),
+             "part of training in which M1's KL or M2's U fades in (see their objective)"),
     "threshold": ((None, 0.01, 0.01), (None, 0.0, 0.0), (0.0, 1.0),
                   "U skips classes with q(y|x) below it (or 1/(2K), if less); GPUs: 0"),
     "classifier_sees": ((None, None, "mean"), (None, None, "draw"), ("mean", "draw"),
@@ -140,14 +140,14 @@ def settings_of(model: str, recipe: str = "fast", dataset: str = "mnist") -> dic
 # (a key of LIKELIHOODS; Bernoulli if grey, Gaussian if coloured), a model's values in SETTINGS.
 DATASETS = {
     "fashion": {  # chosen by the validation error with N = 1000, though the default is 100
-        # Features that tell more: 36 dimensions in use, not 13. Eq. 5's KL charges for z1 by the
-        # prior N(0, I), which the stack replaces by M2's anyway; so M1 may pay less for it.
+        # Features that tell more: 36 dimensions in use, not 13. Eq. 5's prior N(0, I) is not the
+        # stack's, which has M2's instead; so its KL may weigh less.
         "m1": {"epochs": 30, "hidden": (600, 600), "beta": 0.3, "ramp": 0.5},
         "m2": {"z_dim": 50, "dropout": 0.5, "smooth": 0.0},
         "m1+m2": {"epochs": 40, "dropout": 0.5, "smooth": 0.0},
     },
     # SVHN's classes are not equally frequent (1: 19 %, 9: 6 %), yet the models keep p(y) = 1/K: a
-    # prior may be wrong and the bounds still hold. It shifts the log-odds of two classes in r(y)
+    # prior may be wrong and the bounds still hold. The error shifts log-odds of classes in r(y)
     # (see M2) by at most about log 3 = 1.1 nats. The balance would enforce 1/K; so it is left out.
     "svhn": {"labels": 1000, "m2": {"balance": 0.0, "z_dim": 50}, "m1+m2": {"balance": 0.0}},
     "norb": {"labels": 1000, "likelihood": "gaussian", "m2": {"z_dim": 50}},
@@ -234,17 +234,17 @@ def log_gaussian(x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
 
     The log of the Gaussian density, written with logvar = log sigma^2 so that a network may output
     any real number:  sum_d  -1/2 [ log 2 pi + log sigma_d^2 + (x_d - mu_d)^2 / sigma_d^2 ].
-    As a likelihood its variance is learned: over data that share a sigma it is highest where
-    sigma^2 is their mean of (x - mu)^2, so errors are weighed in units of their usual size. (With
-    sigma fixed at 1, minus this is half the squared error plus a constant; its weight beside the KL
-    is arbitrary.)
+    As a likelihood its variance is learned: over data that share a sigma, the likelihood is highest
+    where sigma^2 is their mean of (x - mu)^2, so errors are weighed in units of their usual size.
+    (With sigma fixed at 1, minus this is half the squared error plus a constant; its weight beside
+    the KL is arbitrary.)
     """
     mu, logvar = mu.float(), logvar.float()
     return -0.5 * (math.log(2 * math.pi) + logvar + (x - mu) ** 2 * torch.exp(-logvar)).sum(-1)
 
 
 def log_standard(z: Tensor) -> Tensor:
-    """log N(z; 0, I), [B, Z] -> [B], nats per data point: the prior of z (in the stack, of z2)."""
+    """log N(z; 0, I), [B, Z] -> [B], nats per data point: a prior of latent dimensions."""
     return -0.5 * (math.log(2 * math.pi) + z**2).sum(-1)
 
 
@@ -334,8 +334,8 @@ class M1(nn.Module):
 
     def objective(self, x_l, y_l, x_u, share_l: float, done: float, s) -> Tensor:
         """Training loss, a scalar in nats per image; done in [0, 1) is the part of training that is
-        over, s the settings. All images are in x_u: M1 uses no labels. (The other arguments are
-        there because M2 needs them, and one loop trains both.)
+        over, s the settings. All images are in x_u: M1 uses no labels. (The other arguments, with
+        share_l = N / (N + M), are M2's: one loop trains both.)
 
         Why the ramp. Early on the decoder is too poor to use z, so the cheapest thing a latent
         dimension can do is to pay no KL: q(z_d|x) = p(z_d). The decoder then learns to ignore it,
@@ -365,7 +365,7 @@ class M1(nn.Module):
         return log_p_x + log_p_z(z) - log_gaussian(z, mu, logvar)
 
     def classify(self, x: Tensor) -> Tensor:
-        """Scores of the K classes, [B, K]; self.classifier is set after training (section 6)."""
+        """Scores of the K classes, [B, K]; by self.classifier, one of 6 CLASSIFIERS."""
         return self.classifier(self.encode(x)[0])
 
     def generate(self, z: Tensor) -> Tensor:
@@ -393,10 +393,10 @@ class M1(nn.Module):
 #     log p(x) >= E_q(y,z|x)[ log p(x|y,z) + log p(y) + log p(z) - log q(z|x,y) - log q(y|x) ]
 #               = sum_y q(y|x) [ -L(x,y) ] - sum_y q(y|x) log q(y|x)      (E_q(z|x,y) gives -L)
 #               = sum_y q(y|x) [ -L(x,y) ] + H( q(y|x) )                            =: -U(x) (eq. 7)
-# z is drawn, because a continuous z can be reparameterised; y is summed over, because a discrete y
-# cannot, and there are only K of them. The gaps are as in eq. 5, KL(q(z|x,y) || p(z|x,y)) in eq. 6
-# and KL(q(y,z|x) || p(y,z|x)) in eq. 7. (Let q(y|x) be certain of one y. Then H = 0 and U(x) is
-# that y's L(x,y): eq. 6 is eq. 7 where the class is known.)
+# z is drawn, since its integral is intractable, and reparameterised; y is summed over, since no
+# gradient passes through a draw of it, and there are only K. The gaps are as in eq. 5,
+# KL(q(z|x,y) || p(z|x,y)) in eq. 6 and KL(q(y,z|x) || p(y,z|x)) in eq. 7. (Let q(y|x) be certain of
+# one y. Then H = 0 and U(x) is that y's L(x,y): eq. 6 is eq. 7 where the class is known.)
 # What does U teach q(y|x)? Let r(y) = softmax_y( -L(x,y) ), Bayes' rule with the bounds in place of
 # log p(x,y), so that L(x,y) = -log r(y) - log sum_y' exp(-L(x,y')). Put that into U:
 #     U(x) = KL( q(y|x) || r(y) ) - log sum_y' exp( -L(x,y') ),
@@ -409,7 +409,8 @@ class M1(nn.Module):
 # L(x,y) does not contain q(y|x): labels would reach the classifier we want only by way of the
 # generative model, through U. So it is given them as well, by a loss the bound does not need:
 #     J^alpha = J + alpha * E_labelled[ -log q(y|x) ]                                        (eq. 9)
-# The added term is >= 0, so -J^alpha <= -J is a lower bound as well, if a looser one.
+# The added term is >= 0, so -J^alpha <= -J is a lower bound as well, if a looser one: on the sum of
+# log p(x,y) over the labelled images and log p(x) over the unlabelled.
 #
 # WHAT ALPHA IS. The paper sets alpha = 0.1 * N without saying which N, and E_labelled is a mean
 # over labelled points. The authors' code multiplies each labelled point's -log q(y|x), in the sum
@@ -423,6 +424,7 @@ class M1(nn.Module):
 # SUMMING OVER y FOR LESS. Eq. 7 holds for any distribution over y. Take q(y|x), drop the classes to
 # which it gives less than a threshold, and renormalise what is left to q~(y|x): U with q~ in place
 # of q is again minus a lower bound on log p(x); the closer q~ is to r, the tighter (formula above).
+# (Not renormalised, the sum would count only a part of L(x,y), and bound nothing.)
 # It costs one L(x,y) per class kept: once q(y|x) is sure of most images, little more than one. At
 # threshold 0 it is U itself. The price: U no longer moves the logit of a class cut for x. What can
 # bring it back: the loss's other terms, other images, or a fall of the logits of those kept.
@@ -484,7 +486,8 @@ class M2(nn.Module):
         return -(log_p_x + log_p_y - kl_gaussian(mu, logvar))
 
     def pairs(self, B: int, device, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """i, y and once, [P]: all B * K pairs of an image and a class, or those where keep [B, K].
+        """i, y and once, [P]: all B * K pairs of an image and a class, or those that keep, [B, K],
+        has True.
 
         CPU libraries prepare anew for every shape they meet, so the kept are filled up to a
         multiple of ceil(B/10) with repetitions. once, [P], is False for these: they have weight 0
@@ -556,7 +559,7 @@ class M2(nn.Module):
         """KL( q(y|x) || q(y|x+delta) ) at about the worst delta of this (Euclidean) length: x
         [B, D], log_q = log q(y|x) [B, K] -> [B], nats per image ("virtual adversarial training",
         Miyato et al. 2015, arXiv 1507.00677). Here x is what the classifier sees (in the stack,
-        the mean of q(z1|g)).
+        M1's features).
 
         Where it is small, x probably has no boundary between classes that near: boundaries are left
         to places where there are few images. Which delta is the worst? For one function q, the KL
@@ -570,8 +573,8 @@ class M2(nn.Module):
         """
         log_q = log_q.detach()
         # Batch normalisation would put x + delta into the running statistics, by which images are
-        # classified later; so it is given a copy of them, which is thrown away. (Test error of M2,
-        # N = 3000: 1.77 +- 0.07 % if not, 1.56 +- 0.06 % so.)
+        # classified later; so it is given a copy of them, which is thrown away. (Validation error
+        # of M2, N = 3000, seeds 0 to 4: 1.91 % if not, 1.77 % so.)
         scratch = {name: buffer.clone() for name, buffer in self.q_y.named_buffers()}
 
         def kl(delta):
@@ -588,26 +591,26 @@ class M2(nn.Module):
 
         The failure to avoid: q(y|x) soon fits the few labels and is certain everywhere, right or
         wrong. Eq. 7 weighs L(x,y) by q(y|x), so the generative model then learns the wrong class,
-        and teaches it back. The fast recipe has up to six things against that, beyond the paper's
-        (what some of them are worth: COMMON MISTAKES, after 9 EVALUATION, and README).
+        and teaches it back. The fast recipe has up to six remedies that the paper lacks (what
+        some of them are worth: COMMON MISTAKES, after 9 EVALUATION, and README).
         (1) U fades in from weight 0 to 1 in the part s["ramp"] of training: q(y|x) hears the labels
-        before it hears the generative model, which at first has no opinion worth hearing. (The
-        generative model itself learns from U almost at once: its other loss, L, has weight
-        N / (N + M), 0.002 for 100 of 50,000, and Adam's steps hardly depend on scale.) Until the
-        weight is 1, minus the loss need not be a lower bound; then it is one, if a looser one than
-        eq. 8's, since what is added is >= 0. self.bound is always eq. 7's.
+        before it hears the generative model, which at first has no opinion worth hearing. (That
+        learns from U early all the same: L, its other loss, has weight N / (N + M), 0.002 for 100
+        of 50,000, and Adam's steps hardly depend on scale.) Until the
+        weight is 1, minus the loss need not be a lower bound; then it is one (but see BatchNorm),
+        since what is added is >= 0. self.bound is always eq. 7's.
         (2) Dropout keeps q(y|x) from fitting the labels too closely.
-        (3) An alpha larger than the paper's keeps them from being outvoted by the many guesses.
+        (3) An alpha above the paper's keeps the labels from being outvoted by the many guesses.
         (4) No class may swallow another: balance times imbalance is added, and not faded in,
         because classes are swallowed early.
-        (5) A boundary near an image costs: roughness, averaged over the minibatch, is added with
-        weight 1 (s["smooth"] is its distance); to save time, with weight 2 in half of the steps,
-        drawn by lot. It moves boundaries to where images are few, as a transductive SVM does
+        (5) A boundary near an image costs: roughness (s["smooth"] is its distance), averaged over
+        the minibatch, is added with weight 1, or rather, to save time, with weight 2 in half of the
+        steps, drawn by lot. It moves boundaries to where images are few, as a transductive SVM does
         (6 CLASSIFIERS).
-        (6) On MNIST's pixels z has few dimensions: what z can say about the class, y need not say.
+        (6) On MNIST's pixels z has few dimensions, so that y, not z, has to tell the class.
         (Validation error after 40 epochs, all without (5), seed 0 alone: 6.6, 4.1, 6.0 % for 5, 10,
         50 of them.) For the same reason z's KL has its full weight beside log p(x|y,z) from the
-        start, unlike M1's. If it faded in, all 10 dimensions would stay active, not 7 to 10 as
+        start, unlike M1's. If it faded in, all 10 dimensions would stay in use, not 7 to 10 as
         chance has it, and the bound be better; but z, while cheap, would tell the class itself.
         """
         seen = torch.cat([x_l, x_u]) if seen is None else seen
@@ -622,7 +625,7 @@ class M2(nn.Module):
     classify = log_q_y  # scores of the K classes; the largest is the answer
 
     def bound(self, x: Tensor) -> Tensor:
-        """-U(x) over all labels, [B], nats per image: <= log p(x) on average over its draw of z."""
+        """-U(x) over all classes, [B], nats per image: <= log p(x) on average over draws of z."""
         return -self.U(x, threshold=0.0)
 
     def log_weight(self, x: Tensor) -> Tensor:
@@ -665,7 +668,7 @@ class M2(nn.Module):
 # eq. 7 gives a bound, log p(z1) >= -U(z1). Hence
 #     log p(x) >= E_q(z1|x)[ log p(x|z1) - U(z1) - log q(z1|x) ].
 # (M1 leaves some dimensions of z1 unused: their mean hardly varies, q(z1_d|x) is close to N(0, 1).
-# M2 models only the others, the active ones; they are what z1 means in U and L, and p(z1) has the
+# M2 models only the others, the active ones: in U and L, z1 means these. p(z1) has the
 # unused ones' N(0, 1) as a factor, whose log is added.)
 # Training is in two stages. M1 is trained with p(z1) = N(0, I) and then frozen: p(x|z1) and q(z1|x)
 # no longer change, so raising this bound is lowering E_q(z1|x)[ U(z1) ]: M2, with a Gaussian
@@ -673,9 +676,9 @@ class M2(nn.Module):
 # bound with -L(z1,y) <= log p(z1,y) in place of -U(z1).
 # What q may look at. Anything: the bound holds for every q(z1) and every q(y); U(z1) is computed by
 # the q(y) chosen. Let g be the grey image of which x is a draw (Gaussian data: g = x).
-#   z1 is drawn from q(z1|g) in training: the bound holds for every x drawn from g, so on average
-#     over them, and the mean and variance of q(z1|g) are computed once. M1 was trained on x, so
-#     q(z1|x) should give the tighter bound: the bound is evaluated with it.
+#   z1 is drawn from q(z1|g) in training: any q(z1) will do for an x drawn from g, and this one's
+#     mean and variance are computed once. M1 was trained on x, so q(z1|x) should give the tighter
+#     bound: it is evaluated with that.
 #   q(y|.) is given the mean of q(z1|g), without noise, as when it classifies. (Where the bound is
 #     evaluated, the mean of q(z1|x).) The price: a looser bound than with the best q(y|z1), since y
 #     may not depend on the draw. In the paper's recipe it sees z1 in training.
@@ -814,14 +817,13 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, C=0.3, steps=100, spread=0.3) 
     C = 0, labels would only spread among neighbours.) The best y is argmax_c f_c: changing y from c
     to d adds g(f_d) - g(f_c), and g(f) = max(0, 1 - f)^2 - max(0, 1 + f)^2 decreases in f.
 
-    That is a guide: no step is sure to lower it. Unlabelled points start at f = -1, no class. In a
-    part `spread` of the steps labels spread without the last term, f = m, because an early wrong
-    guess would spread too. After that, every unlabelled point that
-    a label has reached minimises the two terms of its own index i, its neighbours' last scores held
-    fixed (svm_step. Which y? At that f, C / (1 + C) hinge(m, y) is left: the argmax of m). And m
-    is scaled before the step, so that every class has its share, taken to be 1/K as p(y) has it
-    (wrong for SVHN, used all the same): (m + 1) / 2, about 1 within the class and 0
-    elsewhere, gets that mean.
+    That is a guide: no step is sure to lower it. Unlabelled points start at f = -1, no class. In
+    the first `spread` of the steps labels spread without the last term, f = m, because an early
+    wrong guess would spread too. After that, m is scaled so that every class has its share, taken
+    to be 1/K as p(y) has it (wrong for SVHN, used all the same): (m + 1) / 2, about 1 within the
+    class and 0 elsewhere, gets that mean. Then every unlabelled point that a label has reached
+    takes the f that minimises its own two terms, given this m (svm_step), for the best y: the
+    argmax of m, since that minimum is C / (1 + C) hinge(m, y).
     """
     N, t_l = len(y_l), 2.0 * F.one_hot(y_l, y_dim) - 1
     neighbours = nearest(z, z, k + 1)[:, 1:]  # the nearest is the point itself, or a duplicate
@@ -1202,14 +1204,14 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", make_classifier=Non
     n_u = min(M, s["batch_size"])  # unlabelled images in a minibatch
     in_proportion = max(1, round(N * n_u / M)) if M else s["batch_size"]
     n_l = min(N, s.get("batch_labelled") or in_proportion)  # labelled images in it
-    # An epoch sees all unlabelled images (a last, smaller minibatch is dropped), or more rounds of
-    # them if the labelled ones need more steps; every minibatch has n_l labelled images drawn
+    # An epoch sees the unlabelled images once (but for the few that fill no minibatch), or goes
+    # through them again if N / n_l is more steps; every minibatch has n_l labelled images drawn
     # afresh, all of them if n_l = N. (M1's data have N = 0: all its images are unlabelled.)
     steps = max(M // n_u if M else 0, math.ceil(N / n_l) if N else 0)
     rounds = math.ceil(steps * n_u / M) if M else 1
-    # The paper gives M2's weights w a prior N(0, I). Its -log p(w) / (N + M), the share of one
-    # image, is |w|^2 / (2 (N + M)) plus a constant; the gradient, w / (N + M), is what Adam adds as
-    # weight decay (here of all that is trained, biases too; the logged loss lacks this term).
+    # The paper gives M2's weights w a prior N(0, I), here N(0, I / v). Its -log p(w) / (N + M), the
+    # share of one image, is v |w|^2 / (2 (N + M)) plus a constant; the gradient, v w / (N + M), is
+    # what Adam adds as weight decay (of all that is trained, biases too; it is not in the log).
     decay, fused = s["weight_prior"] / (N + M), device.type in ("cpu", "cuda")
     optimizer = torch.optim.Adam(model.parameters(), s["lr"], weight_decay=decay, fused=fused)
     bf16 = run.settings["precision"] == "bfloat16"
@@ -1239,19 +1241,20 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", make_classifier=Non
             losses[step] = loss.detach()
             if sys.stdout.isatty() and step % 10 == 0:  # "\r": what is printed next replaces it
                 print(f"epoch {epoch + 1}, step {step} of {steps}", end="\r", flush=True)
+        loss = losses.mean().item()  # waits for the device
         seconds = time.perf_counter() - start
         model.eval()
         if make_classifier:
             model.classifier = make_classifier()
         row = {
             "epoch": epoch + 1,
-            "loss": losses.mean().item(),
+            "loss": loss,
             "bound": mean_bound(model, data.x_valid[:1000], data.likelihood),
             "valid_error": error_rate(model.classify, data.x_valid, data.y_valid),
             "images_per_second": steps * (n_u or n_l) / seconds,
             "seconds": seconds,
         }
-        if not math.isfinite(row["loss"] + row["bound"]):
+        if not math.isfinite(loss + row["bound"]):
             what = "the loss or the bound is infinite or NaN"
             raise Diverged(f"{what} in epoch {epoch + 1}; try a smaller --lr")
         run.end_epoch(row, model, optimizer)
@@ -1283,8 +1286,8 @@ def log_likelihood(model: nn.Module, images: Tensor, likelihood: str, draws: int
     model.log_weight draws log w with E[w] = p(x). So the mean of w over S draws estimates p(x)
     without bias, and its log, log p(x): by Jensen too low on average, but less so the larger S is.
     (With S = 1, M1's is on average the bound; M2's and the stack's lie above theirs, as they sum
-    over y exactly.) This less the bound is, on average, too low an estimate of the bound's gap, the
-    mean KL between q and the true posterior. (The bound saw other draws of x: some noise.)
+    over y exactly.) This minus the bound underestimates, on average, the bound's gap, the mean
+    KL between q and the true posterior. (The bound saw other draws of x: some noise.)
     """
 
     def estimate(x: Tensor) -> Tensor:
@@ -1318,7 +1321,7 @@ def active_dimensions(m1: M1, images: Tensor) -> Tensor:
 #   without L: its weight is 0.002 here, so it is U that teaches the generative model       5.5 %
 #   without the entropy in U (no log q there)                                              12.0 %
 #   the entropy with the wrong sign (L - log q in U), which rewards certainty. Here q(y|x) is soon
-#     nearly certain anyway, and one seed hardly shows it: tests against eq. 7 do           4.8 %
+#     nearly certain anyway, and one seed does not show it: compare with eq. 7 instead      4.8 %
 #   y drawn from q(y|x) instead of summed over. No gradient reaches q(y|x) through a draw:
 #     only entropy (which wants it uncertain), balance, roughness and the labels teach it   63.7 %
 #   the likelihood averaged over pixels (mean for sum in log_bernoulli): the KL, 784 times too
@@ -1327,9 +1330,9 @@ def active_dimensions(m1: M1, images: Tensor) -> Tensor:
 #     (--alpha 0.02; the paper's 0.1 would be 0.0002)                                      24.5 %
 #   no ramp of the unlabelled images' loss U (--ramp 0)                                    18.8 %
 # M1 and the TSVM on it, --model m1 --epochs 10: bound -96.58 nats                          2.1 %
-#   grey pixels for x in training, not binary draws: no harm to the features. (log p(x|z) is affine
-#     in x, so minus the loss bounds the mean log p(x) of the draws, more loosely, since q(z|.) does
-#     not see which x was drawn.) On binary images the bound is -97.11  2.5 %
+#   grey pixels for x in training, not binary draws: the features are about as good. (log p(x|z)
+#     is affine in x, so minus the loss bounds the mean log p(x) of the draws, more loosely, since
+#     q(z|.) does not see which x was drawn.) On binary images the bound is -97.11 nats      2.5 %
 #   towards posterior collapse: no ramp, no batch normalisation, softplus (--ramp 0 --batch-norm
 #     none --activation softplus): bound -136.67 nats                                      22.6 %
 
