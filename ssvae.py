@@ -596,9 +596,9 @@ class M2(nn.Module):
         (1) U fades in from weight 0 to 1 in the part s["ramp"] of training: q(y|x) hears the labels
         before it hears the generative model, which at first has no opinion worth hearing. (That
         learns from U early all the same: L, its other loss, has weight N / (N + M), 0.002 for 100
-        of 50,000, and Adam's steps hardly depend on scale.) Until the
-        weight is 1, minus the loss need not be a lower bound; then it is one (but see BatchNorm),
-        since what is added is >= 0. self.bound is always eq. 7's.
+        of 50,000, and Adam's steps hardly depend on scale.) Until the weight is 1, minus the loss
+        need not be a lower bound; then it is one (but see BatchNorm), since what is added is >= 0.
+        self.bound is always eq. 7's.
         (2) Dropout keeps q(y|x) from fitting the labels too closely.
         (3) An alpha above the paper's keeps the labels from being outvoted by the many guesses.
         (4) No class may swallow another: balance times imbalance is added, and not faded in,
@@ -1743,11 +1743,9 @@ def evaluate_saved(args: argparse.Namespace) -> None:
     results = s | evaluate(model, data)
     print(summary(results | {"seconds": time.perf_counter() - start}), flush=True)
     if args.nll:
-        images = data.x_test[:1000]
-        bound = mean_bound(model, images, data.likelihood)
-        log_p = log_likelihood(model, images, data.likelihood, args.nll)
-        log_p = f"{log_p:.2f} nats by importance sampling with {args.nll} draws"
-        print(f"the first {len(images)} test images: bound {bound:.2f} nats, log p(x) {log_p}")
+        some = model, data.x_test[:1000], data.likelihood
+        log_p = f"{log_likelihood(*some, args.nll):.2f} nats, importance-sampled, {args.nll} draws"
+        print(f"{len(some[1])} test images: bound {mean_bound(*some):.2f} nats, log p(x) {log_p}")
     if not args.no_images:
         write_pictures(args.out_dir or args.load.parent, pictures(model, data))
 
