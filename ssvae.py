@@ -424,7 +424,7 @@ class M1(nn.Module):
 # SUMMING OVER y FOR LESS. Eq. 7 holds for any distribution over y. Take q(y|x), drop the classes to
 # which it gives less than a threshold, and renormalise what is left to q~(y|x): U with q~ in place
 # of q is again minus a lower bound on log p(x); the closer q~ is to r, the tighter (formula above).
-# (Not renormalised, the sum would count only a part of L(x,y), and bound nothing.)
+# (Not renormalised, the sum counts only a part of L(x,y), and need not be a bound.)
 # It costs one L(x,y) per class kept: once q(y|x) is sure of most images, little more than one. At
 # threshold 0 it is U itself. The price: U no longer moves the logit of a class cut for x. What can
 # bring it back: the loss's other terms, other images, or a fall of the logits of those kept.
@@ -486,8 +486,8 @@ class M2(nn.Module):
         return -(log_p_x + log_p_y - kl_gaussian(mu, logvar))
 
     def pairs(self, B: int, device, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """i, y and once, [P]: all B * K pairs of an image and a class, or those that keep, [B, K],
-        has True.
+        """i, y and once, [P]: all B * K pairs of an image and a class, or those where keep, [B, K],
+        is True.
 
         CPU libraries prepare anew for every shape they meet, so the kept are filled up to a
         multiple of ceil(B/10) with repetitions. once, [P], is False for these: they have weight 0
@@ -567,9 +567,9 @@ class M2(nn.Module):
         second derivatives at 0), largest along the eigenvector of A with the largest eigenvalue. A
         step of the power method turns a random delta roughly there: to A delta, for small delta the
         gradient at delta. (Only an estimate: our delta is not small, and batch normalisation lets
-        the others' delta in.) q(y|x) is held constant: q(y|x+delta)
-        is to move to it, not the other way round. With dropout the KL is above 0 even at delta = 0
-        and the direction rougher; it then also teaches q(y|x) to depend less on the dropout mask.
+        the others' delta in.) q(y|x) is held constant: q(y|x+delta) is to move to it, not the other
+        way round. With dropout the KL is above 0 even at delta = 0 and the direction rougher; it
+        then also teaches q(y|x) to depend less on the dropout mask.
         """
         log_q = log_q.detach()
         # Batch normalisation would put x + delta into the running statistics, by which images are
@@ -668,8 +668,8 @@ class M2(nn.Module):
 # eq. 7 gives a bound, log p(z1) >= -U(z1). Hence
 #     log p(x) >= E_q(z1|x)[ log p(x|z1) - U(z1) - log q(z1|x) ].
 # (M1 leaves some dimensions of z1 unused: their mean hardly varies, q(z1_d|x) is close to N(0, 1).
-# M2 models only the others, the active ones: in U and L, z1 means these. p(z1) has the
-# unused ones' N(0, 1) as a factor, whose log is added.)
+# M2 models only the others, the active ones: in U and L, z1 means these. p(z1) has the unused ones'
+# N(0, 1) as a factor, whose log is added.)
 # Training is in two stages. M1 is trained with p(z1) = N(0, I) and then frozen: p(x|z1) and q(z1|x)
 # no longer change, so raising this bound is lowering E_q(z1|x)[ U(z1) ]: M2, with a Gaussian
 # p(z1|y,z2), on a fresh draw of z1 at every visit of x. For labelled x, log p(x,y) has the same
@@ -1071,7 +1071,7 @@ def check(source: str | Path, arrays: list[np.ndarray]) -> None:
             raise BadInput(f"{source}: y_{part} must be {len(x)} integers from 0, one an image")
     y_dim = int(y_train.max()) + 1
     if y_dim < 2 or y_test.max() >= y_dim or len(np.unique(y_train)) != y_dim or len(x_train) < 6:
-        raise BadInput(f"{source}: y_train must be 6 or more labels, all of 0..K-1, K >= 2")
+        raise BadInput(f"{source}: give 6 or more labels 0..K-1, K >= 2, each of them in y_train")
 
 
 def split(y: Tensor, n_labels: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -1718,8 +1718,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ssvae: {one_line(error)}; try a smaller --batch-size", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        again = "the same command, with --resume unless it has --reproduce or --load"
-        print(f"\nssvae: interrupted; go on with {again}", file=sys.stderr)
+        again = "the same command; --reproduce and --load as they are, else with --resume"
+        print(f"\nssvae: interrupted; go on with {again}, not --overwrite", file=sys.stderr)
         return 130
 
 
