@@ -1071,10 +1071,12 @@ def check(source: str | Path, arrays: list[np.ndarray]) -> None:
     """Raises BadInput unless these are images [n, C, H, W] and their labels 0..K-1."""
     x_train, y_train, x_test, y_test = arrays
     for x, y, part in ((x_train, y_train, "train"), (x_test, y_test, "test")):
-        if 0 in x.shape or x.shape[1:] != x_train.shape[1:]:
-            raise BadInput(f"{source}: the images x_{part} have an unusable shape, {x.shape}")
-        if x.dtype != np.uint8 and not (x.dtype.kind == "f" and 0 <= x.min() and x.max() <= 1):
-            raise BadInput(f"{source}: x_{part} must be uint8, or floats in [0, 1]; scale it")
+        if 0 in x.shape or x.shape[1:] != x_train.shape[1:] or x.shape[1] not in (1, 3):
+            hint = "give [n, H, W] or [n, H, W, C], C being 1 or 3"
+            raise BadInput(f"{source}: the images x_{part} have an unusable shape; {hint}")
+        whole = x.dtype == np.uint8 and x_train.max() > 1  # 0 and 1 alone would be nearly black
+        if not whole and not (x.dtype.kind == "f" and 0 <= x.min() and x.max() <= 1):
+            raise BadInput(f"{source}: x_{part} must be uint8 up to 255, or floats in [0, 1]")
         if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0:
             raise BadInput(f"{source}: y_{part} must be {len(x)} integers from 0, one an image")
     y_dim = int(y_train.max()) + 1
@@ -1465,7 +1467,7 @@ def pictures(model: nn.Module, data: Data) -> dict:
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: under another name first, then renamed. Raises BadInput."""
     beside = path.with_name(path.name + ".part")
-    with or_bad_input(f"cannot write {path}; try another --out-dir"):  # a full disk, ...
+    with or_bad_input(f"cannot write {path}; go on with --resume, or try another --out-dir"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             beside.write_bytes(content)
@@ -1780,7 +1782,7 @@ def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, d
             # The file of the data may have moved: its checksum tells.
             if key != "dataset" and begun.get(key) != value:
                 other = f"{folder} holds a run with {key} {begun.get(key)}, not {value}"
-                raise BadInput(f"{other}; give another --out-dir or --overwrite")
+                raise BadInput(f"{other}; give that, another --out-dir or --overwrite")
         if results:
             summary(results)  # raises if a key is missing
     if saved and not args.resume:
@@ -1950,4 +1952,5 @@ def write_table(folder: Path, results: list[dict]) -> str:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a file's name may have what a console has not
     sys.exit(main())

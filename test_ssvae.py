@@ -1298,6 +1298,8 @@ def bad_files(folder, small):
     (folder / "empty.npz").write_bytes(b"")
     npz("object.npz", y_train=np.array([{}] * 3000, dtype=object))
     npz("shape.npz", x_train=arrays["x_train"][:, 0])
+    npz("first.npz", **{name: arrays[name][:, None] for name in ("x_train", "x_test")})
+    npz("mask.npz", x_train=arrays["x_train"] // 128)
     npz("range.npz", x_train=arrays["x_train"].astype(float))
     npz("nan.npz", x_test=np.full((600, 28, 28), np.nan))
     npz("type.npz", x_train=arrays["x_train"].astype(int))
@@ -1350,6 +1352,7 @@ BAD = """
     --load no.pt | --load text.pt | --load foreign.pt | --load malicious.pt | --load . | --load=
     --precision half | --precision= | --z-dim 0 | --z-dim x | --dataset svhn --data-dir /proc/none
     --dataset norb --data-dir file | --dataset norb --data-dir nowhere | --dataset svhn --data-dir x
+    --dataset first.npz | --dataset mask.npz
     --dataset gap.npz | --dataset newclass.npz | --dataset missing.npz | --dataset file.npz
 """
 
@@ -1381,8 +1384,12 @@ def command(*args, **how):
 
 
 def test_command_good_and_bad(small, tmp_path):
-    """As a subprocess: exit codes, no traceback; without CUDA, --device cuda is an error."""
-    good = command(*quick("m1+m2"), "--dataset", small, "--out-dir", tmp_path / "run")
+    """As a subprocess: exit codes, no traceback, also where the console lacks a letter of the data
+    set's name; without CUDA, --device cuda is an error."""
+    own, ascii_only = tmp_path / "größe.npz", os.environ | {"PYTHONIOENCODING": "ascii"}
+    own.write_bytes(small.read_bytes())
+    args = ("--dataset", own, "--out-dir", tmp_path / "run")
+    good = command(*quick("m1+m2"), *args, env=ascii_only)
     assert good.returncode == 0, good.stderr
     assert "test error" in good.stdout.splitlines()[-2] and good.stdout.count("epoch") == 4
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
