@@ -177,8 +177,8 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 def random_integers(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Integers uniform over a dtype's range, of the shape of like. For speed alone: drawn eight
-    bytes at a time, on CPUs they take a small part of the time of as many floats."""
+    """Integers uniform over a dtype's range, of the shape of like. For speed alone: on CPUs, drawn
+    eight bytes at a time, they take a small part of the time of as many floats."""
     if like.device.type != "cpu":
         low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max + 1
         return torch.randint(low, high, like.shape, dtype=dtype, device=like.device)
@@ -569,7 +569,7 @@ class M2(nn.Module):
         Miyato et al. 2015, arXiv 1507.00677). Here x is what the classifier sees (in the stack,
         M1's features).
 
-        Where it is small, no boundary between classes is probably that near x: boundaries are left
+        Where it is small, probably no boundary between classes is that near x: boundaries are left
         to places where there are few images. Which delta is the worst? For one function q, the KL
         has its least, 0, at delta = 0, so for small delta it is about delta^T A delta / 2 (A: its
         second derivatives at 0), largest along the eigenvector of A with the largest eigenvalue. A
@@ -1074,8 +1074,8 @@ def check(source: str | Path, arrays: list[np.ndarray]) -> None:
         if 0 in x.shape or x.shape[1:] != x_train.shape[1:] or x.shape[1] not in (1, 3):
             hint = "give [n, H, W] or [n, H, W, C], C being 1 or 3"
             raise BadInput(f"{source}: the images x_{part} have an unusable shape; {hint}")
-        whole = x.dtype == np.uint8 and x_train.max() > 1  # 0 and 1 alone would be nearly black
-        if not whole and not (x.dtype.kind == "f" and 0 <= x.min() and x.max() <= 1):
+        is_bytes = x.dtype == np.uint8 and x_train.max() > 1  # 1 of 255 would be nearly black
+        if not is_bytes and not (x.dtype.kind == "f" and 0 <= x.min() and x.max() <= 1):
             raise BadInput(f"{source}: x_{part} must be uint8 up to 255, or floats in [0, 1]")
         if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0:
             raise BadInput(f"{source}: y_{part} must be {len(x)} integers from 0, one an image")
@@ -1467,7 +1467,7 @@ def pictures(model: nn.Module, data: Data) -> dict:
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: under another name first, then renamed. Raises BadInput."""
     beside = path.with_name(path.name + ".part")
-    with or_bad_input(f"cannot write {path}; go on with --resume, or try another --out-dir"):
+    with or_bad_input(f"cannot write {path}; mend that and try again, or another --out-dir"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             beside.write_bytes(content)
@@ -1782,7 +1782,7 @@ def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, d
             # The file of the data may have moved: its checksum tells.
             if key != "dataset" and begun.get(key) != value:
                 other = f"{folder} holds a run with {key} {begun.get(key)}, not {value}"
-                raise BadInput(f"{other}; give that, another --out-dir or --overwrite")
+                raise BadInput(f"{other}; give the same, another --out-dir or --overwrite")
         if results:
             summary(results)  # raises if a key is missing
     if saved and not args.resume:
