@@ -46,8 +46,7 @@ The three models' losses are in nats (natural logarithm). E_q[.] is an expectati
 KL(q || p) = E_q[log q - log p] >= 0 the divergence, H(q) = -E_q[log q] the entropy, Cat(pi) the
 distribution over classes that gives class y probability pi_y.
 
-Read on from top to bottom: 1 settings, 2 building blocks, 3 M1, 4 M2, 5 M1+M2, 6 classifiers on
-M1's features, 7 data, 8 training, 9 evaluation, 10 pictures, 11 the command line.
+Read on from top to bottom. The theory is in sections 2 to 6, and COMMON MISTAKES at the end of 9.
 """
 
 import argparse
@@ -74,6 +73,7 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 # =================================================================================================
@@ -84,7 +84,8 @@ from torch import Tensor, nn
 # guide); "paper" is what the paper and its authors' code publish for MNIST with N = 100 (for more
 # labels twice as many minibatches: --batch-size 250); its "tsvm" is ours (6 CLASSIFIERS). The stack
 # (M1+M2) trains its M1 by the column m1, its M2 by the column m1+m2.
-# Every row is also an option: --batch-size 200, say.
+# Every row is also an option: --batch-size 200, say. At a first reading, skim it: the rows are
+# explained where they are used.
 
 MODELS = ("m1", "m2", "m1+m2")
 # fmt: off
@@ -108,7 +109,7 @@ SETTINGS = {
     "batch_norm": (("all", "q_y", "all"), ("none", "none", "none"), ("all", "none", "q_y"),
                    "networks with batch normalisation; q_y: the classifier alone"),
     "init_std": ((0.0, 0.0, 0.0), (0.0, 0.001, 0.001), (0.0,),
-                 "standard deviation of the initial weights; 0: PyTorch's, 0.5 in M2's y tables"),
+                 "standard deviation of initial weights; 0: PyTorch's, 0.5 in M2's y tables"),
     "weight_prior": ((0.0, 0.0, 0.0), (0.0, 1.0, 1.0), (0.0,),
                      "v > 0: N(0, I / v) is the prior of the weights; 0: none (see train)"),
     "dropout": ((None, 0.2, 0.0), (None, 0.0, 0.0), (0.0, 0.99), "in the classifier"),
@@ -138,19 +139,19 @@ def settings_of(model: str, recipe: str = "fast", dataset: str = "mnist") -> dic
     return {name: value for name, value in column.items() if value is not None} | own
 
 
-# What a data set changes of the defaults: the number of labels N (100), the likelihood of an image
-# (a key of LIKELIHOODS; Bernoulli if grey, Gaussian if coloured), a model's values in SETTINGS.
+# What a data set changes: the number of labels N (else 100), the likelihood of an image, a key of
+# LIKELIHOODS (else Bernoulli if grey, Gaussian if coloured), and a model's values in SETTINGS.
 DATASETS = {
     "fashion": {  # chosen by the validation error with N = 1000, though the default is 100
-        # Features that tell more: 36 dimensions in use, not 13. Eq. 5's prior N(0, I) is not the
-        # stack's, which has M2's instead; so its KL may weigh less. (M1's bound is worse for it.)
+        # With beta = 0.3 M1 uses 36 dimensions, not 13, and its features tell more of the class.
+        # (Its bound is worse. The stack's prior of z1 is M2's anyway, not eq. 5's N(0, I).)
         "m1": {"epochs": 30, "hidden": (600, 600), "beta": 0.3, "ramp": 0.5},
         "m2": {"z_dim": 50, "dropout": 0.5, "smooth": 0.0},
         "m1+m2": {"epochs": 40, "dropout": 0.5, "smooth": 0.0},
     },
     # SVHN's classes are not equally frequent (1: 19 %, 9: 6 %), yet the models keep p(y) = 1/K: a
-    # prior may be wrong and the bounds still hold. By itself it shifts log-odds of classes in r(y)
-    # (see M2) by at most about log 3 = 1.1 nats. The balance would enforce 1/K; so it is left out.
+    # prior may be wrong and the bounds still hold; it shifts a posterior's log-odds by at most
+    # about log 3 = 1.1 nats. The balance, however, would enforce 1/K; so it is left out.
     "svhn": {"labels": 1000, "m2": {"balance": 0.0, "z_dim": 50}, "m1+m2": {"balance": 0.0}},
     "norb": {"labels": 1000, "likelihood": "gaussian", "m2": {"z_dim": 50}},
     # M1's 1-NN error is no lower after 30 epochs than after 15.
@@ -166,8 +167,8 @@ class BatchNorm(nn.BatchNorm1d):
     """Batch normalisation over [B, D]; a minibatch of one is normalised by running statistics.
 
     In training, p(x|z) then depends on the other images of the minibatch, so minus the loss does
-    not quite bound each image's log p(x) (q may do so freely); in evaluation, with running
-    statistics, it does.
+    not quite bound each image's log p(x) (q may depend on them: any q gives a bound). In
+    evaluation, with running statistics, it does.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -255,7 +256,7 @@ def log_standard(z: Tensor) -> Tensor:
 
 
 def kl_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
-    """KL( N(mu, diag(sigma^2)) || N(0, I) ), both [B, Z] -> [B], nats per data point.
+    """KL( N(mu, diag(sigma^2)) || N(0, I) ): mu, logvar [B, Z] -> [B], nats per data point.
 
     For one dimension, with E_q[(z - mu)^2] = sigma^2 and so E_q[z^2] = mu^2 + sigma^2:
         KL = E_q[ log q(z) ]                                  - E_q[ log p(z) ]
@@ -272,8 +273,9 @@ def sample_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
 
     z = mu + sigma * eps with eps ~ N(0, I). The randomness no longer depends on the parameters, so
     grad E_q[f(z)] = E_eps[grad f(mu + sigma * eps)]: the gradient of an average is an average of
-    gradients, and one draw estimates it without bias. (The alternative, the score function
-    E_q[f(z) grad log q(z)], uses only the value of f, not its slope, and is usually far noisier.)
+    gradients, and one draw estimates it without bias. (The alternative, the score-function
+    estimator f(z) grad log q(z), uses only the value of f, not its slope, and is usually far
+    noisier.)
     """
     return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
 
@@ -284,8 +286,9 @@ def fade_in(done: float, ramp: float) -> float:
     return min(1.0, done / ramp) if ramp else 1.0
 
 
-# What is assumed of x, the data set's choice (DATASETS): the number of decoder outputs per
-# dimension of x; log p(x|.) as a function of x and those outputs, each [B, D] -> [B]; the mean.
+# What is assumed of x, chosen by the data set (DATASETS). Each entry: how many outputs the decoder
+# has per dimension of x; log p(x|.) as a function of x and these outputs, each [B, D] -> [B]; the
+# mean of p(x|.) as a function of the outputs.
 # Bernoulli: a pixel is on or off. Right for ink on paper; grey is read as the probability of on.
 # Gaussian: x is any real number, its noise independent from dimension to dimension. Right for
 # shades and colours once neighbouring pixels, far from independent, are rotated to principal
@@ -306,16 +309,19 @@ LIKELIHOODS = {
 #     log p(x) = log integral p(x|z) p(z) dz = log E_q(z|x)[ p(x|z) p(z) / q(z|x) ]
 #             >= E_q(z|x)[ log p(x|z) + log p(z) - log q(z|x) ]       (Jensen: log is concave)
 #              = E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || p(z) )  =: -J(x)                     (eq. 5)
-# How much do we lose? Put p(x|z) p(z) = p(z|x) p(x) into the second line; log p(x) leaves E_q:
+# How much do we lose? Put p(x|z) p(z) = p(z|x) p(x) into the line with Jensen's inequality; log
+# p(x) does not depend on z and leaves E_q:
 #     -J(x) = log p(x) - KL( q(z|x) || p(z|x) ),
-# so lowering J raises log p(x) or draws q(z|x) to the true posterior: fitting the model and doing
-# inference are one minimisation. The first term of -J rewards z that reconstructs x; the KL is the
-# price, in nats, of what z says about x (on average, at least their mutual information).
+# so lowering J raises log p(x), or draws q(z|x) to the true posterior, or both: fitting the model
+# and doing inference are one minimisation. The first term of -J rewards a z from which the decoder
+# can tell x; the KL is the price, in nats, of what z says about x (averaged over x, it is the
+# mutual information of x and z, plus KL of the average q(z|x) from p(z)). Without the first term
+# q(z|x) = p(z) would be best; without the KL, see M1.objective.
 
 
 class M1(nn.Module):
-    """Latent-feature model. x: [B, x_dim], z: [B, z_dim]; likelihood: a key of LIKELIHOODS; kw:
-    options of mlp."""
+    """Latent-feature model. x: [B, x_dim], binary if Bernoulli (observe, in 7 DATA, draws it from
+    grey images); z: [B, z_dim]; likelihood: a key of LIKELIHOODS; kw: options of mlp."""
 
     def __init__(self, x_dim: int, z_dim=50, hidden=(600, 600), likelihood="bernoulli", **kw):
         super().__init__()
@@ -349,15 +355,15 @@ class M1(nn.Module):
         s["beta"] lets the decoder learn to use z first. Batch normalisation helps as well: it
         makes the last hidden layer, from which mu(x) is computed, vary over a minibatch.
         After the ramp, beta = 1 is eq. 5; beta < 1 lets z say more about x than the best bound
-        asks for; with beta = 0 noise would only cost: sigma vanishes beside the spread of mu, and
-        an autoencoder is left.
-        (Without the reconstruction, q(z|x) = p(z) would be best.) While the KL's weight is below 1,
-        minus this loss need not be a lower bound; self.bound is always eq. 5's.
+        asks for; with beta = 0 noise in z would only hurt the reconstruction: sigma vanishes beside
+        the spread of mu, and an autoencoder is left. While the KL's weight is below 1, minus this
+        loss need not be a lower bound; self.bound is always eq. 5's.
         """
         return self.J(x_u, beta=s["beta"] * fade_in(done, s["ramp"])).mean()
 
     def bound(self, x: Tensor) -> Tensor:
-        """-J(x), [B], nats per image: <= log p(x) on average over its draw of z."""
+        """-J(x), [B], nats per image: <= log p(x) on average over its draw of z, in evaluation mode
+        (see BatchNorm)."""
         return -self.J(x)
 
     def log_weight(self, x: Tensor, log_p_z=log_standard) -> Tensor:
@@ -372,7 +378,8 @@ class M1(nn.Module):
         return log_p_x + log_p_z(z) - log_gaussian(z, mu, logvar)
 
     def classify(self, x: Tensor) -> Tensor:
-        """Scores of the K classes, [B, K]; by self.classifier, one of 6 CLASSIFIERS."""
+        """Scores of the K classes, [B, K], by self.classifier, which is set from outside: one of 6
+        CLASSIFIERS."""
         return self.classifier(self.encode(x)[0])
 
     def generate(self, z: Tensor) -> Tensor:
@@ -400,10 +407,11 @@ class M1(nn.Module):
 #     log p(x) >= E_q(y,z|x)[ log p(x|y,z) + log p(y) + log p(z) - log q(z|x,y) - log q(y|x) ]
 #               = sum_y q(y|x) [ -L(x,y) ] - sum_y q(y|x) log q(y|x)      (E_q(z|x,y) gives -L)
 #               = sum_y q(y|x) [ -L(x,y) ] + H( q(y|x) )                            =: -U(x) (eq. 7)
-# z is drawn, since its integral is intractable, and reparameterised; y is summed over, since no
-# gradient passes through a draw of it, and there are only K. The gaps are as in eq. 5,
-# KL(q(z|x,y) || p(z|x,y)) in eq. 6 and KL(q(y,z|x) || p(y,z|x)) in eq. 7. (Let q(y|x) be certain of
-# one y. Then H = 0 and U(x) is that y's L(x,y): eq. 6 is eq. 7 where the class is known.)
+# z is drawn, since its integral is intractable, and reparameterised. y is summed over: there are
+# only K classes, and a draw of y could not be reparameterised: y is discrete, so it cannot move a
+# little when q(y|x) does. The gaps are as in eq. 5: KL(q(z|x,y) || p(z|x,y)) in eq. 6 and
+# KL(q(y,z|x) || p(y,z|x)) in eq. 7. If q(y|x) is certain of one y, then H = 0 and U(x) is that y's
+# L(x,y): the loss of eq. 6 is that of eq. 7 where the class is known.
 # What does U teach q(y|x)? Let r(y) = softmax_y( -L(x,y) ), Bayes' rule with the bounds in place of
 # log p(x,y), so that L(x,y) = -log r(y) - log sum_y' exp(-L(x,y')). Put that into U:
 #     U(x) = KL( q(y|x) || r(y) ) - log sum_y' exp( -L(x,y') ),
@@ -413,11 +421,12 @@ class M1(nn.Module):
 #
 # THE WHOLE SET of N labelled and M unlabelled images:
 #     J = sum_labelled L(x,y) + sum_unlabelled U(x)                                          (eq. 8)
-# L(x,y) does not contain q(y|x): labels would reach the classifier we want only by way of the
-# generative model, through U. So q(y|x) learns from them directly too, by a loss beside the bound:
+# L(x,y) does not contain q(y|x). So labels would reach the classifier, which is what we want, only
+# indirectly: they shape the generative model, which shapes q(y|x) through U. Therefore a loss
+# beside the bound teaches q(y|x) the labels directly:
 #     J^alpha = J + alpha * E_labelled[ -log q(y|x) ]                                        (eq. 9)
-# The added term is >= 0, so -J^alpha <= -J is a lower bound as well, if a looser one: on the sum of
-# log p(x,y) over the labelled images and log p(x) over the unlabelled.
+# The added term is >= 0, so -J^alpha <= -J is also a lower bound, though a looser one, on the sum
+# of log p(x,y) over the labelled images and log p(x) over the unlabelled.
 #
 # WHAT ALPHA IS. The paper sets alpha = 0.1 * N without saying which N, and E_labelled is a mean
 # over labelled points. The authors' code multiplies each labelled point's -log q(y|x), in the sum
@@ -431,17 +440,17 @@ class M1(nn.Module):
 # SUMMING OVER FEWER y. Eq. 7 holds for any distribution over y. Take q(y|x), drop the classes to
 # which it gives less than a threshold, and renormalise what is left to q~(y|x): U with q~ in place
 # of q is again minus a lower bound on log p(x); the closer q~ is to r, the tighter (formula above).
-# (Not renormalised, the sum counts only a part of L(x,y), and need not be a bound.)
-# It costs one L(x,y) per class kept: once q(y|x) is sure of most images, little more than one. At
-# threshold 0 it is U itself. The price: a class cut for x has no gradient from this image's U. Only
-# the loss's other terms, other images or a fall of the logits of those kept can bring it back.
-# (And where q(z|x,y) and p(x|y,z) have batch normalisation, only kept pairs enter its
-# statistics.)
+# (Without renormalising, the weights sum to less than 1, and the result need not be a bound.)
+# It costs one L(x,y) per class kept: once q(y|x) is sure of most images, little more than one an
+# image. At threshold 0 it is U itself. The price: a class cut for x has no gradient from this
+# image's U. It comes back only if the loss's other terms or other images raise its logit, or the
+# logits of the kept classes fall.
 
 
 class M2(nn.Module):
     """Generative semi-supervised model. x: [B, x_dim], y: [B] in 0..y_dim-1, z: [B, z_dim];
-    likelihood: a key of LIKELIHOODS; kw: options of mlp, of which dropout is for q(y|x) alone."""
+    likelihood: a key of LIKELIHOODS; kw: options of mlp, of which dropout is for q(y|x) alone.
+    (The defaults here are neither recipe's: build, in 11, takes those from SETTINGS.)"""
 
     def __init__(
         self, x_dim, y_dim, z_dim=50, hidden=(500, 500), likelihood="bernoulli", threshold=0.0, **kw
@@ -455,9 +464,9 @@ class M2(nn.Module):
         # q(z|x,y) and p(x|y,z) take two inputs. Their first layer is linear in [x, one-hot(y)]:
         # W [x, one-hot(y)] = W_x x + (column y of W_y). So W_x is the first layer of an ordinary
         # MLP on x and W_y a table of K vectors, and W_x x is computed once for all classes.
-        # (In p(x|y,z) z takes the place of x, but every pair of x and y has its own z.) Unless
-        # init_std says otherwise, the tables start with larger entries than W_x, so that y matters
-        # from the start.
+        # (In p(x|y,z) z takes the place of x; every pair of x and y has its own z, so nothing is
+        # shared there.) Unless init_std says otherwise, the tables start with larger entries than
+        # W_x, so that y matters from the start.
         self.q_z = mlp(x_dim, *hidden, 2 * z_dim, **kw)
         self.q_z_y = nn.Embedding(y_dim, hidden[0])
         self.p_x = mlp(z_dim, *reversed(hidden), x_dim * self.outputs, **kw)
@@ -496,7 +505,7 @@ class M2(nn.Module):
         """i, y and once, [P]: all B * K pairs of an image and a class, or those where keep, [B, K],
         is True.
 
-        CPU libraries prepare anew for every shape they meet, so the kept are filled up to a
+        CPU libraries prepare anew for every shape they meet, so the kept pairs are filled up to a
         multiple of ceil(B/10) with repetitions. once, [P], is False for these: they have weight 0
         in U, though batch normalisation sees them.
         """
@@ -508,12 +517,11 @@ class M2(nn.Module):
         i, y = keep.nonzero()[p % n].unbind(1)
         return i, y, p < n
 
-    def U(self, x: Tensor, log_q: Tensor | None = None, threshold: float | None = None) -> Tensor:
-        """Eq. 7, with q~ for q where there is a threshold (None: self.threshold), [B], nats per
-        image. log_q = log q(y|x), [B, K]."""
+    def U(self, x: Tensor, log_q: Tensor | None = None, threshold: float = 0.0) -> Tensor:
+        """Eq. 7, with q~ for q where there is a threshold (<= 1/K), [B], nats per image.
+        log_q = log q(y|x), [B, K]."""
         B, K = len(x), self.y_dim
         log_q = self.log_q_y(x) if log_q is None else log_q
-        threshold = self.threshold if threshold is None else threshold
         keep = log_q.exp() >= threshold  # [B, K]; the largest is >= 1/K and stays
         log_q = log_q - (log_q.exp() * keep).sum(-1, keepdim=True).log()  # log q~(y|x)
         i, y, once = self.pairs(B, x.device, keep if threshold else None)
@@ -526,12 +534,13 @@ class M2(nn.Module):
         """Eq. 8 and 9 per image of the whole set, estimated from a minibatch: a scalar, nats.
 
         x_l [n_l, D] have the labels y_l [n_l]; x_u [n_u, D] have none (any n_u, also 0).
-        share_l = N / (N + M). The N labelled images are few, so a minibatch may hold more than
-        their share. The means of L and U are weighed by the shares of the whole set, not of
-        the minibatch: this estimates J^alpha / (N + M) (but for BatchNorm), if weight_u = 1, the
-        threshold is 0 and x_u is empty only where M = 0.
-        alpha is the weight per image, a of WHAT ALPHA IS; weight_u multiplies U (see
-        objective). log_q = log q(y|x) of x_l, then x_u, [n_l + n_u, K], if it is known already.
+        n_l >= 1. share_l = N / (N + M). The N labelled images are few, so a minibatch may hold more
+        than their share. The means of L and U are weighed by the shares of the whole set, not of
+        the minibatch: so this estimates J^alpha / (N + M) (but for BatchNorm), where weight_u = 1,
+        the threshold is 0, and x_u is empty only if M = 0.
+        alpha is the weight per image, a of WHAT ALPHA IS, not the paper's 0.1 N; weight_u
+        multiplies U (see objective). log_q = log q(y|x) of x_l, then x_u, [n_l + n_u, K], if it is
+        known already.
         """
         n_l, x = len(x_l), torch.cat([x_l, x_u])
         if log_q is None:
@@ -540,7 +549,7 @@ class M2(nn.Module):
         # log 0). So one call computes L and U, with one set of batch statistics. (At threshold 0 it
         # also computes the labelled images' L for the other classes: only BatchNorm notices.)
         certain = 1e4 * (F.one_hot(y_l, self.y_dim) - 1)
-        L, U = self.U(x, torch.cat([certain, log_q[n_l:]])).split([n_l, len(x_u)])
+        L, U = self.U(x, torch.cat([certain, log_q[n_l:]]), self.threshold).split([n_l, len(x_u)])
         loss = share_l * L.mean() + alpha * F.nll_loss(log_q[:n_l], y_l)
         if len(x_u):
             loss = loss + (1 - share_l) * weight_u * U.mean()
@@ -550,15 +559,17 @@ class M2(nn.Module):
         """KL( p(y) || mean of q(y|x) over B images ), log_q [B, K] -> a scalar, nats; times
         B / (50 K) if that is below 1.
 
-        Averaged over x from the model, p(y|x) is p(y). U does not ask that of q(y|x): a certain q
-        pays -log p(y) = log K for whichever class it names, be it always the same. This KL does:
-        an empty class costs without limit. Over many images it is 0 for a right q(y|x) if the
-        classes are as frequent as p(y) says; also for q(y|x) = 1/K, which the labels rule out.
+        Averaged over x from the model, p(y|x) is p(y). U does not ask that the average of q(y|x) be
+        so: a certain q pays -log p(y) = log K for whichever class it names, be it always the same.
+        This KL asks it: an empty class costs without limit. Over many images it is 0 for a right
+        q(y|x) if the classes are as frequent as p(y) says; also for q(y|x) = 1/K, which the labels
+        rule out.
         """
-        # With p(y) = 1/K: KL = sum_y 1/K [ log 1/K - log mean q(y|x) ]. A minibatch has class
-        # counts of its own: even a q(y|x) that is right and certain typically pays about
-        # (K - 1) / (2 B), if B is many times K (far more if it lacks a class). The factor keeps
-        # this estimate below 0.01 nats, before the weight s["balance"].
+        # With p(y) = 1/K: KL = sum_y 1/K [ log 1/K - log m_y ], m_y the mean of q(y|x), to second
+        # order sum_y (m_y - 1/K)^2 K/2. A minibatch has class counts of its own: for a q(y|x) that
+        # is right and certain, m_y is a class's share of B images, of variance 1/K (1 - 1/K) / B,
+        # so the KL is about (K - 1) / (2 B), if B is many times K (far more if a class is missing).
+        # The factor keeps this below 0.01 nats, before the weight s["balance"].
         B, K = log_q.shape
         log_mean_q = torch.logsumexp(log_q, 0) - math.log(B)
         return min(1.0, B / (50 * K)) * (-math.log(K) - log_mean_q.mean())
@@ -570,19 +581,21 @@ class M2(nn.Module):
         M1's features).
 
         Where it is small, probably no boundary between classes is that near x: boundaries are left
-        to places where there are few images. Which delta is the worst? For one function q, the KL
-        has its least, 0, at delta = 0, so for small delta it is about delta^T A delta / 2 (A: its
-        second derivatives at 0), largest along the eigenvector of A with the largest eigenvalue. A
-        step of the power method turns a random delta roughly there: to A delta, for small delta the
-        gradient at delta. (Only an estimate: our delta is not small, and batch normalisation lets
-        the others' delta in.) q(y|x) is held constant: q(y|x+delta) is to move to it, not the other
-        way round. With dropout the KL is above 0 even at delta = 0 and the direction rougher; it
-        then also teaches q(y|x) to depend less on the dropout mask.
+        to places where there are few images. Which delta is the worst? If both q are the same
+        function, the KL is smallest, 0, at delta = 0. So for small delta it is about
+        1/2 delta^T A delta (A: its second derivatives at 0), largest along the eigenvector of A
+        with the largest eigenvalue. A step of the power method turns a random delta roughly there:
+        it multiplies it by A, and for small delta, A delta is the gradient of the KL at delta.
+        (Only an estimate: our delta is not small, and with batch normalisation each q also
+        depends on the other images' delta.) The first q(y|x) is held constant: q(y|x+delta) is to
+        move to it, not the other way round. With dropout the two are not the same function: the KL
+        is above 0 even at delta = 0 and the direction rougher, and it then also teaches q(y|x) to
+        depend less on the dropout mask.
         """
         log_q = log_q.detach()
         # Batch normalisation would put x + delta into the running statistics, by which images are
         # classified later; so it is given a copy of them, which is thrown away. (Validation error
-        # of M2, N = 3000, seeds 0 to 4: 1.91 % if not, 1.77 % so.)
+        # of M2, N = 3000, seeds 0 to 4: 1.77 % with the copy, 1.91 % without.)
         scratch = {name: buffer.clone() for name, buffer in self.q_y.named_buffers()}
 
         def kl(delta):
@@ -595,7 +608,10 @@ class M2(nn.Module):
 
     def objective(self, x_l, y_l, x_u, share_l: float, done: float, s, seen=None) -> Tensor:
         """Training loss, a scalar in nats per image; done in [0, 1) is the part of training that is
-        over. seen: what q(y|.) is given, if not x_l and x_u themselves (the stack).
+        over, s the settings. seen: what q(y|.) is given, if not x_l and x_u themselves (the stack).
+
+            share_l mean L + (1 - share_l) weight_u mean U + alpha mean_labelled[ -log q(y|x) ]
+            + balance * imbalance + mean roughness
 
         The failure to avoid: q(y|x) soon fits the few labels and is certain everywhere, right or
         wrong. Eq. 7 weighs L(x,y) by q(y|x), so the generative model then learns the wrong class,
@@ -603,23 +619,24 @@ class M2(nn.Module):
         some of them are worth: COMMON MISTAKES, after 9 EVALUATION, and README).
         (1) U fades in from weight 0 to 1 in the part s["ramp"] of training: q(y|x) hears the labels
         before it hears the generative model, which at first has no opinion worth hearing. (The
-        latter learns from U early all the same: L, its other loss, has weight N / (N + M), 0.002
-        for 100 of 50,000, and Adam's steps hardly depend on scale.) Until the weight is 1, minus
-        the loss need not be a lower bound; then it is one (but see BatchNorm), since what is added
-        is >= 0. self.bound is always eq. 7's.
+        generative model itself learns from U almost at once: in its gradient even a small weight of
+        U soon outweighs L's, N / (N + M), 0.002 for 100 of 50,000, and Adam's steps hardly depend
+        on the gradient's scale.) Until the weight is 1, minus the loss need not be a lower bound;
+        then it is one (but see BatchNorm), since what is added is >= 0. self.bound is always eq.
+        7's.
         (2) Dropout keeps q(y|x) from fitting the labels too closely.
         (3) An alpha above the paper's keeps the labels from being outvoted by the many guesses.
         (4) No class may swallow another: balance times imbalance is added, and not faded in,
         because classes are swallowed early.
         (5) A boundary near an image costs: roughness (s["smooth"] is its distance), averaged over
         the minibatch, is added with weight 1 (to save time, with weight 2 in a random half of the
-        steps). It moves boundaries to where images are few, as a transductive SVM does (6
-        CLASSIFIERS).
+        steps).
         (6) On MNIST's pixels z has few dimensions, so that y, not z, has to tell the class.
-        (Validation error after 40 epochs, all without (5), seed 0 alone: 6.6, 4.1, 6.0 % for 5, 10,
-        50 of them.) For the same reason z's KL has its full weight beside log p(x|y,z) from the
-        start, unlike M1's. If it faded in, all 10 dimensions would stay in use, not 7 to 10 as
-        chance has it, and the bound be better; but z, while cheap, would tell the class itself.
+        (Validation error after 40 epochs, all without (5), seed 0 alone: 6.6, 4.1, 6.0 % with 5,
+        10, 50 dimensions.) For the same reason z's KL has its full weight beside log p(x|y,z) from
+        the start, unlike M1's. If it faded in, all 10 dimensions would stay in use, not 7 to 10
+        depending on the seed, and the bound would be better; but z, while cheap, would tell the
+        class itself.
         """
         seen = torch.cat([x_l, x_u]) if seen is None else seen
         log_q = self.log_q_y(seen)
@@ -634,7 +651,7 @@ class M2(nn.Module):
 
     def bound(self, x: Tensor) -> Tensor:
         """-U(x) over all classes, [B], nats per image: <= log p(x) on average over draws of z."""
-        return -self.U(x, threshold=0.0)
+        return -self.U(x)
 
     def log_weight(self, x: Tensor) -> Tensor:
         """log of sum_y p(y) p(x|y,z_y) p(z_y) / q(z_y|x,y), z_y ~ q(z|x,y): [B], nats per image.
@@ -667,8 +684,8 @@ class M2(nn.Module):
 #
 # Why stack? On pixels, a digit's class is at most log 10 = 2.3 of the 100 or so nats that an image
 # costs: the strokes' thickness, slant and place cost far more, and a flexible decoder can explain
-# an image well under the wrong class. M1's features say at most some 28 nats about an image of
-# MNIST (M1's mean KL), of which 2.3 are a larger share.
+# an image well under the wrong class. A draw z1 says at most some 28 nats about an image of MNIST
+# (M1's mean KL), of which 2.3 are a larger share.
 #
 # The bound. With z1 and M1's q(z1|x), the derivation of eq. 5 reads
 #     log p(x) >= E_q(z1|x)[ log p(x|z1) + log p(z1) - log q(z1|x) ],
@@ -682,15 +699,16 @@ class M2(nn.Module):
 # no longer change, so raising this bound is lowering E_q(z1|x)[ U(z1) ]: M2, with a Gaussian
 # p(z1|y,z2), on a fresh draw of z1 at every visit of x. For labelled x, log p(x,y) has the same
 # bound with -L(z1,y) <= log p(z1,y) in place of -U(z1).
-# What q may look at. Anything: the bound holds for every q(z1) and every q(y); U(z1) is computed by
-# the q(y) chosen. Let g be the grey image of which x is a draw (Gaussian data: g = x).
-#   z1 is drawn from q(z1|g) in training: any q(z1) will do for an x drawn from g, and this one's
-#     mean and variance are computed once. M1 was trained on x, so q(z1|x) should give the tighter
-#     bound: it is evaluated with that.
-#   q(y|.) is given the mean of q(z1|g), without noise, as when it classifies. (Where the bound is
-#     evaluated, the mean of q(z1|x).) The price: a looser bound than with the best q(y|z1), since y
-#     may not depend on the draw. In the paper's recipe it sees z1 in training.
-# (Training with q(z1|x) would be the simpler choice; the classifier was a little worse: README.)
+# What q is given. The bound holds for every q(z1) and every q(y), whatever they look at. Let g be
+# the grey image of which the binary x is a draw (Gaussian data: g = x).
+#   Training draws z1 from q(z1|g), not from q(z1|x): its mean and variance need to be computed only
+#     once for each g, not for each draw x of it. Evaluation uses q(z1|x), for which M1 was trained
+#     and which should give the tighter bound.
+#   The classifier q(y|.) is given the mean of q(z1|g), without noise, as when it classifies (where
+#     the bound is evaluated, the mean of q(z1|x)). The price: a looser bound than with the best
+#     q(y|z1), since its answer cannot depend on the draw z1. In the paper's recipe it sees z1 in
+#     training.
+# (Training on draws from q(z1|x) would be simpler, but the classifier was a little worse: README.)
 # What two stages give up: the bound is still a bound, but no longer maximised over all parameters
 # together; q(z1|x) was fitted to another prior and does not learn of the classes.
 
@@ -714,8 +732,9 @@ class M1M2(nn.Module):
         return torch.cat([h[:, self.active] for h in self.m1.encode(x)], 1)
 
     def objective(self, x_l, y_l, x_u, share_l: float, done: float, s) -> Tensor:
-        """M2.objective on z1 ~ q(z1|g), q(y|.) given its mean or that draw. Of the bound only U and
-        L can change, since the rest is frozen. They bound densities of z1, so may be negative.
+        """M2.objective on a draw z1 ~ q(z1|g); the classifier sees the mean of q(z1|g) or the draw.
+        Of the bound only U and L can change, since the rest is frozen. They are minus bounds on log
+        densities of z1, so they may be negative.
 
         x_l and x_u are not images but what encode makes of them.
         """
@@ -730,7 +749,7 @@ class M1M2(nn.Module):
 
     def bound(self, x: Tensor) -> Tensor:
         """The bound on log p(x) derived above, [B], nats per image: one z1, and a z2 for each y."""
-        return self.through_z1(x, lambda z1: -self.m2.U(z1, self.classify(x), threshold=0.0))
+        return self.through_z1(x, lambda z1: -self.m2.U(z1, self.classify(x)))
 
     def log_weight(self, x: Tensor) -> Tensor:
         """As M2's, with an outer draw of z1: the mean of its exp is p(x). [B], nats per image."""
@@ -823,15 +842,17 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, C=0.3, steps=100, spread=0.3) 
     The last term makes it a transductive SVM: it pushes unlabelled points to a side, and so the
     boundary of each class against the others, f_c = 0, to where there are few points. (Without it,
     C = 0, labels would only spread among neighbours.) The best y is argmax_c f_c: changing y from c
-    to d adds g(f_d) - g(f_c), and g(f) = max(0, 1 - f)^2 - max(0, 1 + f)^2 decreases in f.
+    to d adds g(f_d) - g(f_c), where g(f) = max(0, 1 - f)^2 - max(0, 1 + f)^2 decreases in f, so it
+    lowers the hinge if f_d > f_c.
 
     That is a guide: no step is sure to lower it. Unlabelled points start at f = -1, no class. In
     the first `spread` of the steps labels spread without the last term, f = m, because an early
     wrong guess would spread too. After that, m is scaled so that every class has its share, taken
-    to be 1/K as p(y) has it (wrong for SVHN, used all the same): (m + 1) / 2, about 1 within the
-    class and 0 elsewhere, gets that mean. Then every unlabelled point that a label has reached
-    takes the f that minimises its own two terms, given this m (svm_step), for the best y: the
-    argmax of m, since that minimum is C / (1 + C) hinge(m, y).
+    to be 1/K as p(y) has it (wrong for SVHN, used all the same): the mean over the points of
+    (m_c + 1) / 2, which is about 1 within class c and 0 elsewhere, becomes 1/K. Then every
+    unlabelled point that a label has reached takes the f that minimises its own two terms, given
+    this m (svm_step). For a given y that minimum is C / (1 + C) hinge(m, y), so the best y is the
+    argmax of m.
     """
     N, t_l = len(y_l), 2.0 * F.one_hot(y_l, y_dim) - 1
     neighbours = nearest(z, z, k + 1)[:, 1:]  # the nearest is the point itself, or a duplicate
@@ -852,19 +873,21 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, C=0.3, steps=100, spread=0.3) 
 def kernel_machine(z: Tensor, f: Tensor, R=6000) -> KernelMachine:
     """Kernel ridge regression (a least-squares support vector machine without bias) with a
     Gaussian kernel, fitted to what the TSVM found: the classes of the largest scores f [n, K] at
-    the points z [n, Z]. It answers for a new z, and, being smooth, does not follow where neighbours
-    went wrong here and there. (Validation error at N = 3000, seeds 0, 1, 2: 2.4, 2.3, 2.5 % by the
+    the points z [n, Z]. It answers for a new z, and, being smooth, does not copy single mistakes
+    of the neighbours. (Validation error at N = 3000, seeds 0, 1, 2: 2.4, 2.3, 2.5 % by the
     mean score of 7 neighbours, 1.9, 2.0, 2.0 % by this machine.)
 
-    Distances are those of u, z with every dimension times its standard deviation (one that M1
-    hardly uses tells little of the class). The kernel of two points is exp(-|u - v|^2 / (2 w^2)),
-    w being the root mean square of |u - v|: w^2 = 2 sum_d sd(u_d)^2, where sd(u_d) = sd(z_d)^2.
+    Distances are measured between points u: z with every dimension times its standard deviation (a
+    dimension that M1 hardly uses tells little of the class). The kernel of two points is
+    exp(-|u - v|^2 / (2 w^2)), w being the root mean square of |u - v|: w^2 = 2 sum_d sd(u_d)^2,
+    where sd(u_d) = sd(z_d)^2.
 
     Random Fourier features (Rahimi and Recht 2007): for omega ~ N(0, I / w^2) and a phase uniform
     on 0..2 pi, 2 cos(omega . u + phase) cos(omega . v + phase) is the cosine of the difference plus
     that of the sum. The latter averages to 0, cos(omega . (u - v)) to the kernel. So W^T phi(z),
-    with R such cosines for phi(z), approximates a function in the kernel's space, and |W|^2 its
-    squared norm there times 2/R. With t = +1 for a point's class and -1 for the others, the aim
+    with R such cosines for phi(z), approximates a function in the kernel's space, and |W|^2
+    approximates its squared norm there times 2/R. With t = +1 for a point's class and -1 for the
+    others, the aim
         sum_i |W^T phi(z_i) - t_i|^2 + |W|^2
     is quadratic in W; its gradient is 0 where (I + sum_i phi phi^T) W = sum_i phi t^T.
     """
@@ -955,8 +978,6 @@ def glyphs(n: int = 70_000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     Each has its own stroke width, affine map (rotation, scale, shear, shift), smooth elastic warp
     and pixel noise. 1-nearest-neighbour on 100 labelled images errs on 47 %, on 60,000 on 9 %.
     """
-    from PIL import Image, ImageDraw, ImageFont
-
     font = ImageFont.load_default(46)
     ink = torch.empty(3, 10, 1, 56, 56)  # [stroke, digit, 1, height, width]
     for stroke, digit in np.ndindex(3, 10):
@@ -1004,12 +1025,10 @@ def load_norb(folder: Path) -> list[np.ndarray]:
 
     arrays = []
     for name, md5 in NORB_FILES.items():
-        path = folder / name
-        if not path.exists():
-            path = folder / (name + ".gz")
+        zipped = folder / (name + ".gz")
+        path, opened = (folder / name, open) if (folder / name).exists() else (zipped, gzip.open)
         if not path.exists():
             download_url(NORB_URL + path.name, str(folder), md5=md5)
-        opened = gzip.open if path.suffix == ".gz" else open
         hint = f"{path} is damaged or no NORB file; remove it to have it downloaded"
         with or_bad_input(hint), opened(path, "rb") as file:
             magic, ndim = np.frombuffer(file.read(8), "<i4")
@@ -1203,20 +1222,21 @@ def bfloat16_is_faster(device: torch.device) -> bool:
     return device.type == "cpu" and bool(can.get("amx_bf16") or fast_avx)
 
 
-def train(model: nn.Module, data: Data, s: dict, run: "Run", make_classifier=None) -> None:
+def train(model: nn.Module, data: Data, s: dict, run: "Run") -> None:
     """Minimise model.objective with Adam, by the settings s; one row in the log per epoch.
 
-    Everything stays on the device and, on an accelerator, nothing waits for it inside an epoch
-    (so there the default threshold is 0: to count the classes above it, the host would wait).
-    make_classifier() gives M1 its classifier for the validation error, anew after every epoch.
+    Everything stays on the device and, on an accelerator, nothing waits for it inside an epoch.
     """
-    N, M, device = len(data.x_l), len(data.x_u), data.x_l.device
+    x_l, x_u, draw = data.x_l, data.x_u, lambda x: observe(x, data.likelihood)
+    if isinstance(model, M1):  # it uses no labels
+        x_l, x_u = x_l[:0], torch.cat([x_l, x_u])
+    N, M, device = len(x_l), len(x_u), x_u.device
     n_u = min(M, s["batch_size"])  # unlabelled images in a minibatch
     in_proportion = max(1, round(N * n_u / M)) if M else s["batch_size"]
     n_l = min(N, s.get("batch_labelled") or in_proportion)  # labelled images in it
     # An epoch sees the unlabelled images once (but for the few that fill no minibatch), or goes
     # through them again if N / n_l is more steps; every minibatch has n_l labelled images drawn
-    # afresh, all of them if n_l = N. (M1's data have N = 0: all its images are unlabelled.)
+    # afresh, all of them if n_l = N. (M1 has N = 0.)
     steps = max(M // n_u if M else 0, math.ceil(N / n_l) if N else 0)
     rounds = math.ceil(steps * n_u / M) if M else 1
     # The paper gives M2's weights w a prior N(0, I), here N(0, I / v). Its -log p(w) / (N + M), the
@@ -1225,8 +1245,8 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", make_classifier=Non
     decay = s["weight_prior"] / (N + M)
     optimizer = torch.optim.Adam(model.parameters(), s["lr"], weight_decay=decay, fused=True)
     bf16 = run.settings["precision"] == "bfloat16"
-    first = run.begin(model, optimizer, s["epochs"])
-    x_l, x_u, draw = data.x_l, data.x_u, lambda x: observe(x, data.likelihood)
+    stage = "m1" if isinstance(model, M1) else run.settings["model"]
+    first = run.resume(stage, model, optimizer)
     if isinstance(model, M1M2):  # its M1 is frozen, so it encodes every image once
         model.eval()
         x_l, x_u, draw = in_chunks(model.encode, x_l), in_chunks(model.encode, x_u), lambda x: x
@@ -1254,9 +1274,11 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", make_classifier=Non
         loss = losses.mean().item()  # waits for the device
         seconds = time.perf_counter() - start
         model.eval()
-        if make_classifier:
-            model.classifier = make_classifier()
+        if isinstance(model, M1):  # for the validation error: it needs no training
+            votes = F.one_hot(data.y_l, data.y_dim).float()
+            model.classifier = NearestPoint(features(model, data.x_l), votes)
         row = {
+            "stage": stage,
             "epoch": epoch + 1,
             "loss": loss,
             "bound": mean_bound(model, data.x_valid[:1000], data.likelihood),
@@ -1267,7 +1289,7 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run", make_classifier=Non
         if not math.isfinite(loss + row["bound"]):
             what = "the loss or the bound is infinite or NaN"
             raise Diverged(f"{what} in epoch {epoch + 1}; try a smaller --lr")
-        run.end_epoch(row, model, optimizer)
+        run.end_epoch(row, s["epochs"], model, optimizer)
     model.eval()
 
 
@@ -1295,10 +1317,10 @@ def log_likelihood(model: nn.Module, images: Tensor, likelihood: str, draws: int
 
     model.log_weight draws log w with E[w] = p(x). So the mean of w over S draws estimates p(x)
     without bias, and its log, log p(x): by Jensen too low on average, but less so the larger S is.
-    (With S = 1, M1's is on average the bound; M2's and the stack's are no lower than theirs, since
-    the log is taken after the sum over y, without q(y|x).) This minus the bound underestimates, on
-    average, the bound's gap, the mean KL between q and the true posterior. (The bound saw other
-    draws of x: some noise.)
+    (With S = 1, M1's is on average the bound; M2's and the stack's are no lower than their bounds,
+    since the log is taken after the sum over y, without q(y|x).) This minus the bound
+    underestimates, on average, the bound's gap, the mean KL between q and the true posterior. (The
+    bound saw other draws of x: some noise.)
     """
 
     def estimate(x: Tensor) -> Tensor:
@@ -1357,30 +1379,25 @@ def mosaic(images: Tensor, shape: tuple, captions: list[list[str]] | None = None
 
     breaks: columns that stand a little apart from the one on their left.
     """
-    from PIL import Image, ImageDraw
-
     (C, H, W), (rows, columns), gap = shape, images.shape[:2], 4
     scale = max(1, 60 // max(H, W))
     w, h = scale * W + gap, scale * H + gap + (26 if captions else 0)
     size = columns * w + gap + 3 * gap * len(breaks), rows * h + gap
     page = Image.new("RGB" if C == 3 else "L", size, "white")
     draw = ImageDraw.Draw(page)
-    images = (255 * images).round().byte().cpu().view(rows, columns, C, H, W)
-    for r in range(rows):
-        for c in range(columns):
-            tile = images[r, c].permute(1, 2, 0) if C == 3 else images[r, c, 0]
-            tile = Image.fromarray(tile.numpy())
-            at = gap + c * w + 3 * gap * sum(c >= b for b in breaks), gap + r * h
-            page.paste(tile.resize((scale * W, scale * H), Image.Resampling.NEAREST), at)
-            if captions:
-                draw.text((at[0], at[1] + scale * H), captions[r][c], fill="black")
+    tiles = (255 * images).round().byte().cpu().view(rows, columns, C, H, W)
+    tiles = tiles.permute(0, 1, 3, 4, 2).squeeze(-1).numpy()  # Pillow has grey images [H, W]
+    for r, c in np.ndindex(rows, columns):
+        at = gap + c * w + 3 * gap * sum(c >= b for b in breaks), gap + r * h
+        tile = Image.fromarray(tiles[r, c])
+        page.paste(tile.resize((scale * W, scale * H), Image.Resampling.NEAREST), at)
+        if captions:
+            draw.text((at[0], at[1] + scale * H), captions[r][c], fill="black")
     return page
 
 
 def curves(rows: list[dict]):
     """The bound and the validation error against epochs, from the rows of log.csv."""
-    from PIL import Image, ImageDraw
-
     page = Image.new("RGB", (960, 360), "white")
     draw = ImageDraw.Draw(page)
     titles = {"bound": "bound on log p(x), nats", "valid_error": "validation error, %"}
@@ -1405,7 +1422,6 @@ def curves(rows: list[dict]):
 
 
 PICTURES = ["curves", "reconstructions", "samples", "analogies", "styles", "mistakes"]
-PICTURES = [name + ".png" for name in PICTURES]
 
 
 @torch.no_grad()
@@ -1529,29 +1545,26 @@ class Run:
         self.rows = saved["rows"] if saved else []
         self.start = time.perf_counter() - (saved["seconds"] if saved else 0)
 
-    def begin(self, model: nn.Module, optimizer, epochs: int) -> int:
-        """Begin to train a model, which names the stage. If something was saved in this stage, go
-        on from there. Returns the number of epochs done."""
-        self.stage = MODELS[(M1, M2, M1M2).index(type(model))]
-        self.epochs = epochs
+    def resume(self, stage: str, model: nn.Module, optimizer) -> int:
+        """Go on from what was saved in this stage, if anything. Returns the epochs done."""
+        if not self.rows or self.rows[-1]["stage"] != stage:
+            return 0
         with or_bad_input(f"the model.pt in {self.folder} does not fit the model"):
-            if not self.rows or self.rows[-1]["stage"] != self.stage:
-                return 0
             model.load_state_dict(self.saved["model"])
             if self.saved["optimizer"]:
                 optimizer.load_state_dict(self.saved["optimizer"])
             return int(self.rows[-1]["epoch"])
 
-    def end_epoch(self, row: dict, model: nn.Module, optimizer) -> None:
+    def end_epoch(self, row: dict, epochs: int, model: nn.Module, optimizer) -> None:
         """Log the row, save, draw the curves, print."""
-        self.rows.append({"stage": self.stage, **row})
+        self.rows.append(row)
         self.save(model, optimizer)
         if self.images:
             write_pictures(self.folder, {"curves.png": curves(self.rows)})
-        left = int(row["seconds"] * (self.epochs - row["epoch"]))
+        left = int(row["seconds"] * (epochs - row["epoch"]))
         figures = f"bound {row['bound']:.2f} nats  valid error {row['valid_error']:.2f} %"
         pace = f"{row['images_per_second']:,.0f} images/s  {left // 60}:{left % 60:02d} left"
-        print(f"{self.stage} epoch {row['epoch']}/{self.epochs}  {figures}  {pace}", flush=True)
+        print(f"{row['stage']} epoch {row['epoch']}/{epochs}  {figures}  {pace}", flush=True)
 
     def save(self, model: nn.Module, optimizer=None, classifier=None) -> None:
         """Write model.pt and, if anything was trained, log.csv."""
@@ -1589,7 +1602,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line; settings that are not in it are None. Raises BadInput."""
-    count, data_dir = number(1), os.environ.get("SSVAE_DATA_DIR") or "data"
+    count, data_dir = number(1), Path(os.environ.get("SSVAE_DATA_DIR") or "data")
     parser = Parser(prog="ssvae.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add, go_on_or_not = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     # fmt: off
@@ -1598,14 +1611,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "(x_train, y_train, x_test, y_test) or auto (default): mnist, else glyphs")
     add("--labels", type=count, nargs="+", metavar="N",
         help="number of labelled images (100; svhn, norb 1000); several with --reproduce")
-    add("--seed", type=number(0, 2**63 - 1), help="draws splits, weights and noise (0)")
-    add("--recipe", choices=["fast", "paper"], help="which column of the settings (fast)")
+    add("--seed", type=number(0, 2**63 - 1), default=0, help="draws splits, weights, noise (0)")
+    add("--recipe", choices=["fast", "paper"], default="fast", help="column of the settings (fast)")
     add("--m1-epochs", type=count, help="for m1+m2: epochs of its M1 stage")
     add("--m1", type=Path, metavar="FILE", help="model.pt of an M1 to use, not to train one")
     add("--device", default="auto", help="auto (an accelerator if there is one), cpu, cuda, ...")
-    add("--precision", choices=["auto", "float32", "bfloat16"],
+    add("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
         help="of matrix products in training; auto (default): bfloat16 where it is faster")
-    add("--data-dir", type=Path, default=Path(data_dir), help="default: $SSVAE_DATA_DIR or data")
+    add("--data-dir", type=Path, default=data_dir, help="default: $SSVAE_DATA_DIR or data")
     add("--out-dir", type=Path, help="default: runs/<model>-<dataset>-<N>-<seed>")
     go_on_or_not("--resume", action="store_true", help="go on with the run if it was interrupted")
     go_on_or_not("--overwrite", action="store_true", help="train afresh where a run is already")
@@ -1615,13 +1628,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "importance-sampled with S draws of z")
     add("--reproduce", action="store_true", help="the paper's table: every model (or --model), "
         "--labels (100 600 1000 3000) and --seeds; given again, it goes on")
-    add("--seeds", type=count, help="number of seeds of --reproduce, 0, 1, ... (5)")
+    add("--seeds", type=count, default=5, help="number of seeds of --reproduce, 0, 1, ... (5)")
     # fmt: on
     group = parser.add_argument_group("settings, with fast's for m1, m2, m1+m2 (M2 stage), MNIST")
     for name, (fast, _, allowed, meaning) in SETTINGS.items():
         how = {"choices": allowed} if isinstance(allowed[0], str) else {"type": number(*allowed)}
         how |= {"nargs": "+"} if name == "hidden" else {}
-        how["metavar"] = name.split("_")[-1].upper()
         how["help"] = f"{meaning} ({', '.join(str(value) for value in fast if value is not None)})"
         group.add_argument("--" + name.replace("_", "-"), **how)
     args = parser.parse_args(argv)
@@ -1647,8 +1659,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if name in banned and value != parser.get_default(name):
             raise BadInput(f"--{name.replace('_', '-')} has no meaning with {mode}; drop it")
 
-    args.recipe, args.precision = args.recipe or "fast", args.precision or "auto"
-    args.seed, args.seeds = args.seed or 0, args.seeds or 5
     if args.reproduce:
         args.labels = args.labels or [100, 600, 1000, 3000]
     else:
@@ -1771,7 +1781,7 @@ def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, d
     with or_bad_input(f"cannot use {folder}; give another --out-dir"):
         folder.mkdir(parents=True, exist_ok=True)
         if args.overwrite:
-            for name in ["results.json", "model.pt", "log.csv", *PICTURES]:
+            for name in ["results.json", "model.pt", "log.csv", *(p + ".png" for p in PICTURES)]:
                 (folder / name).unlink(missing_ok=True)
         if (folder / "results.json").exists():
             results = begun = json.loads((folder / "results.json").read_text())
@@ -1800,6 +1810,7 @@ def choose_settings(args, data: Data, device, saved_m1: dict | None) -> dict:
     s = settings_of(args.model, args.recipe, data.name)
     if device.type != "cpu" and "threshold" in s:
         s["threshold"] = 0.0  # counting the kept pairs would make the host wait at every step
+    s |= {name: getattr(args, name) for name in s if getattr(args, name) is not None}
     m1 = settings_of("m1", args.recipe, data.name)
     m1["epochs"] = args.m1_epochs or m1["epochs"]
     if saved_m1:  # another seed's was trained on images that are validation images here
@@ -1809,7 +1820,6 @@ def choose_settings(args, data: Data, device, saved_m1: dict | None) -> dict:
                 raise BadInput(f"--m1 {args.m1} has {key} {m1[key]}, not {value}")
         if args.model == "m1":
             s = {key: m1.get(key) for key in s} | {"classifier": s["classifier"]}
-    s |= {name: getattr(args, name) for name in s if getattr(args, name) is not None}
     auto = "bfloat16" if bfloat16_is_faster(device) else "float32"
     settings = {
         "model": args.model,
@@ -1829,8 +1839,8 @@ def choose_settings(args, data: Data, device, saved_m1: dict | None) -> dict:
     return json.loads(json.dumps(settings))  # tuples become lists, as in the files
 
 
-def train_and_evaluate(args: argparse.Namespace) -> None:
-    """What main() does without --load or --reproduce."""
+def train_and_evaluate(args: argparse.Namespace) -> dict:
+    """What main() does without --load or --reproduce. Returns the run's results."""
     device = pick_device(args.device)
     saved_m1 = load_saved(args.m1, device) if args.m1 else None
     data = load_data(args.dataset, args.data_dir, args.labels, args.seed, device, saved_m1)
@@ -1845,25 +1855,22 @@ def train_and_evaluate(args: argparse.Namespace) -> None:
     if results:
         print(summary(results))
         print(f"This run is finished, in {folder}; --overwrite trains it afresh.")
-        return
+        return results
 
     # Train: M1 where the model has one and none is given, then M1's classifier or M2.
     run = Run(folder, s, saved, data.pca, images=not args.no_images)
     active = saved["model"].get("active") if saved else None  # if known, M1 has been trained
-    votes = F.one_hot(data.y_l, data.y_dim).float()
-    images = torch.cat([data.x_l, data.x_u])
     if args.model != "m2" and m1 is None:
         torch.manual_seed(args.seed)
         m1 = assemble(s, data)
-        no_labels = data._replace(x_l=images[:0], y_l=data.y_l[:0], x_u=images)
         if active is None:
-            # For the progress lines, a classifier that needs no training: the nearest neighbour.
-            nearest_labelled = lambda: NearestPoint(features(m1, data.x_l), votes)
-            train(m1, no_labels, stage_1(s), run, nearest_labelled)
+            train(m1, data, stage_1(s), run)
+    images = torch.cat([data.x_l, data.x_u])
     torch.manual_seed(args.seed)
     if args.model == "m1":
         z = features(m1, images)
         if s["classifier"] == "knn":
+            votes = F.one_hot(data.y_l, data.y_dim).float()
             m1.classifier = NearestPoint(z[: len(votes)], votes)
         else:
             m1.classifier = kernel_machine(z, tsvm(z, data.y_l, data.y_dim))
@@ -1890,6 +1897,7 @@ def train_and_evaluate(args: argparse.Namespace) -> None:
     if not args.no_images:
         write_pictures(folder, pictures(model, data))
     print(f"Written to {folder}/")
+    return results
 
 
 def reproduce(args: argparse.Namespace) -> None:
@@ -1904,26 +1912,25 @@ def reproduce(args: argparse.Namespace) -> None:
     folder = args.out_dir or Path("runs") / name
     models = [args.model] if args.model else MODELS
 
-    def go(out, model, N, seed, **own):  # a run, unless it is finished
-        own |= {"out_dir": out, "model": model, "labels": N, "seed": seed, "resume": True}
-        train_and_evaluate(argparse.Namespace(**vars(args) | {"m1": None, "m1_epochs": None} | own))
+    def go(out_dir, model, N, seed, m1=None, **own):  # a run, unless it is finished
+        own |= {"out_dir": out_dir, "model": model, "labels": N, "seed": seed, "m1": m1}
+        return train_and_evaluate(argparse.Namespace(**vars(args) | own | {"resume": True}))
 
     cells = [(s, N, model) for s in range(args.seeds) for N in args.labels for model in models]
-    runs, none, start, ran = [], dict.fromkeys(SETTINGS), time.perf_counter(), 0
-    for done, (seed, N, model) in enumerate(cells, 1):
-        out, m1 = folder / f"{model}-{N}-{seed}", folder / f"shared-m1-{seed}" / "model.pt"
-        if model != "m2" and N == args.labels[0]:
+    runs, start, ran = [], time.perf_counter(), 0
+    for seed, N, model in cells:
+        m1 = None if model == "m2" else folder / f"shared-m1-{seed}" / "model.pt"
+        if m1 and N == args.labels[0]:
             # Train the shared M1 or, if that is done, see that it is what is asked; the number of
             # labels, of which it uses none, may be another.
             begun = m1.exists() and load_saved(m1, "cpu", finished=False)
             n_labels = begun["settings"]["labels"] if begun else N
-            own = {} if args.model == "m1" else none | {"epochs": args.m1_epochs}
+            own = {} if args.model == "m1" else dict.fromkeys(SETTINGS) | {"epochs": args.m1_epochs}
             go(m1.parent, "m1", n_labels, seed, **own)
-        own = none | {"classifier": args.classifier} if model == "m1" else {}
+        out = folder / f"{model}-{N}-{seed}"
         ran += not (out / "results.json").exists()
-        go(out, model, N, seed, m1=None if model == "m2" else m1, **own)
-        runs.append(json.loads((out / "results.json").read_text()))
-        table = write_table(folder, runs)
+        runs.append(go(out, model, N, seed, m1))
+        table, done = write_table(folder, runs), len(runs)
         left = (time.perf_counter() - start) / max(ran, 1) * (len(cells) - done) / 60
         print(f"{done} of {len(cells)} runs done, about {left:.0f} minutes left\n", flush=True)
     print(f"\n{table}\nWritten to {folder}/")

@@ -248,7 +248,7 @@ def test_eq7_unlabelled_bound_by_enumeration(fixed_noise, threshold, batch_norm)
     q = q / q.sum(-1, keepdim=True)
     if threshold:
         assert (q == 0).any()
-    assert_equal_with_gradients(m2.U(x), enumerated_U(m2, x, q), m2)
+    assert_equal_with_gradients(m2.U(x, threshold=threshold), enumerated_U(m2, x, q), m2)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.16])
@@ -258,7 +258,7 @@ def test_eq7_is_a_bound_on_log_p_x(threshold):
     with torch.no_grad():
         for x in (torch.rand(4, 1, 6) < 0.5).float():
             log_p_x = torch.logsumexp(m2_log_joint(m2, x), 0)
-            minus_U = -m2.U(x.expand(4000, -1))
+            minus_U = -m2.U(x.expand(4000, -1), threshold=threshold)
             assert minus_U.mean() < log_p_x + 5 * minus_U.std() / 4000**0.5
             log_w = m2.log_weight(x.expand(DRAWS, -1))
             assert near((log_w - log_p_x).exp(), 1.0)  # E[w] = p(x)
@@ -268,7 +268,7 @@ def test_eq7_is_a_bound_on_log_p_x(threshold):
 def test_images_do_not_depend_on_their_minibatch(fixed_noise, threshold):
     """One by one or together, whatever the number of pairs that fill up the truncated sum."""
     m2, x = small_m2(threshold=threshold), (torch.rand(30, 6) < 0.5).float()
-    for f in (m2.U, m2.log_weight):
+    for f in (lambda x: m2.U(x, threshold=threshold), m2.log_weight):
         alone = torch.cat([f(one) for one in x.split(1)])
         for n in range(21, 31):
             torch.testing.assert_close(f(x[:n]), alone[:n])
@@ -490,7 +490,8 @@ def test_shapes_and_settings_at_random(seed):
     m1 = M1(x_dim, z_dim, hidden, likelihood, **how)
     m2 = M2(x_dim, K, z_dim, hidden, likelihood, dropout=0.3, threshold=threshold, **how)
     x, y = (torch.rand(B, x_dim) < 0.5).float(), torch.randint(K, (B,))
-    assert m1.J(x).shape == m2.L(x, y).shape == m2.U(x).shape == m2.bound(x).shape == (B,)
+    assert m1.J(x).shape == m2.L(x, y).shape == m2.bound(x).shape == (B,)
+    assert m2.U(x, threshold=m2.threshold).shape == (B,)
     q = m2.classify(x).exp()
     assert q.shape == (B, K)
     torch.testing.assert_close(q.sum(1), torch.ones(B))
