@@ -3,7 +3,7 @@ r"""Semi-supervised learning with deep generative models: M1, M2 and M1+M2, in o
     D. P. Kingma, D. J. Rezende, S. Mohamed, M. Welling,
     "Semi-Supervised Learning with Deep Generative Models", NIPS 2014, arXiv 1406.5298v2.
 
-"eq. 5" and "section 3.1.1" mean that paper's; this file's own sections are 1 SETTINGS to 11 THE
+"eq. 5" and "section 3.1.1" are that paper's; this file's own sections are 1 SETTINGS to 11 THE
 COMMAND LINE. Run it:
 
     python ssvae.py --model m2 --dataset mnist
@@ -13,7 +13,7 @@ A neural network trained on those 100 alone errs on 26 % of new digits (Table 1)
 images, unlabelled, teach it the rest? If we model how a digit class and a style produce an image,
 then explaining the unlabelled images well may reveal which class each belongs to.
 
-THE MODELS.  Circles in (parentheses) are latent, boxes in [brackets] observed, arrows generate.
+THE MODELS.  (Parentheses) mark latent variables, [brackets] observed ones; arrows generate.
 In M2, z is meant to be the style; before x is seen, it is independent of y.
 
     M1 (section 3.1.1)        M2 (section 3.1.2)            M1+M2 (section 3.1.3)
@@ -36,7 +36,8 @@ NOTATION (the paper's, whose N sometimes means our N + M)
                 visit; Gaussian data: D coordinates in place of pixels (7 DATA)
     y           its class, an integer in 0..K-1, [B]
     z, z1, z2   continuous latent variables, [B, Z]
-    p_theta     the generative model; in M2 p(y) p(z) p(x|y,z), the last the "decoder"
+    p_theta     the generative model, theta its networks' weights; in M2 p(y) p(z) p(x|y,z), the
+                last the "decoder"
     q_phi       the recognition model or "encoder": q(z|x), q(z|x,y) and the classifier q(y|x)
     L, U, J     losses, i.e. minus a lower bound: labelled (eq. 6), unlabelled (eq. 7), both
                 (eq. 8; the paper writes J for M1's too, eq. 5)
@@ -46,7 +47,7 @@ The three models' losses are in nats (natural logarithm). E_q[.] is an expectati
 KL(q || p) = E_q[log q - log p] >= 0 the divergence, H(q) = -E_q[log q] the entropy, Cat(pi) the
 distribution over classes that gives class y probability pi_y.
 
-Read on from top to bottom. The theory is in sections 2 to 6, and COMMON MISTAKES at the end of 9.
+Read on from top to bottom; the theory is in this file's 2 to 6, COMMON MISTAKES at the end of 9.
 """
 
 import argparse
@@ -139,11 +140,11 @@ def settings_of(model: str, recipe: str = "fast", dataset: str = "mnist") -> dic
     return {name: value for name, value in column.items() if value is not None} | own
 
 
-# What a data set changes: the number of labels N (else 100), the likelihood of an image, a key of
+# What a data set changes: the number of labels N (else 100), the key of its likelihood in
 # LIKELIHOODS (else Bernoulli if grey, Gaussian if coloured), and a model's values in SETTINGS.
 DATASETS = {
     "fashion": {  # chosen by the validation error with N = 1000, though the default is 100
-        # With beta = 0.3 M1 uses 36 dimensions, not 13, and its features tell more of the class.
+        # With beta = 0.3 M1 uses 36 dimensions, not 13, and its features say more about the class.
         # (Its bound is worse. The stack's prior of z1 is M2's anyway, not eq. 5's N(0, I).)
         "m1": {"epochs": 30, "hidden": (600, 600), "beta": 0.3, "ramp": 0.5},
         "m2": {"z_dim": 50, "dropout": 0.5, "smooth": 0.0},
@@ -242,7 +243,7 @@ def log_gaussian(x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     The log of the Gaussian density, written with logvar = log sigma^2 so that a network may output
     any real number:  sum_d  -1/2 [ log 2 pi + log sigma_d^2 + (x_d - mu_d)^2 / sigma_d^2 ].
     As a likelihood its variance is learned: over data that share a sigma, the likelihood is highest
-    where sigma^2 is their mean of (x - mu)^2, so errors are weighed in units of their usual size.
+    where sigma^2 is their mean of (x - mu)^2, so errors are measured in units of their usual size.
     (With sigma fixed at 1, minus this is half the squared error plus a constant; its weight beside
     the KL is arbitrary.)
     """
@@ -272,10 +273,10 @@ def sample_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
     """Draw z ~ N(mu, diag(exp(logvar))), reparameterised: all [B, Z] (section 3.2).
 
     z = mu + sigma * eps with eps ~ N(0, I). The randomness no longer depends on the parameters, so
-    grad E_q[f(z)] = E_eps[grad f(mu + sigma * eps)]: the gradient of an average is an average of
-    gradients, and one draw estimates it without bias. (The alternative, the score-function
-    estimator f(z) grad log q(z), uses only the value of f, not its slope, and is usually far
-    noisier.)
+    for a differentiable f, grad E_q[f(z)] = E_eps[grad f(mu + sigma * eps)]: the gradient of an
+    average is an average of gradients, and one draw estimates it without bias. (The alternative,
+    the score-function estimator f(z) grad log q(z), uses only the value of f, not its slope, and is
+    usually far noisier.)
     """
     return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
 
@@ -290,7 +291,7 @@ def fade_in(done: float, ramp: float) -> float:
 # has per dimension of x; log p(x|.) as a function of x and these outputs, each [B, D] -> [B]; the
 # mean of p(x|.) as a function of the outputs.
 # Bernoulli: a pixel is on or off. Right for ink on paper; grey is read as the probability of on.
-# Gaussian: x is any real number, its noise independent from dimension to dimension. Right for
+# Gaussian: x is any real number, its noise independent from dimension to dimension. Less wrong for
 # shades and colours once neighbouring pixels, far from independent, are rotated to principal
 # components (7 DATA). Its bounds are on densities: not comparable with those of binary images.
 LIKELIHOODS = {
@@ -303,19 +304,19 @@ LIKELIHOODS = {
 # =================================================================================================
 #
 # p(z) = N(0, I),   p(x|z) = f(x; z, theta),   q(z|x) = N(mu(x), diag sigma^2(x))         (eq. 1, 3)
-# (f: a density of LIKELIHOODS, whose parameters are the outputs of a neural network at z)
+# (f: a density of LIKELIHOODS, whose mean etc. are the outputs at z of a network of weights theta)
 #
 # The bound. log p(x) is the log of an integral over z. Multiply and divide by a density q(z|x) > 0:
 #     log p(x) = log integral p(x|z) p(z) dz = log E_q(z|x)[ p(x|z) p(z) / q(z|x) ]
 #             >= E_q(z|x)[ log p(x|z) + log p(z) - log q(z|x) ]       (Jensen: log is concave)
 #              = E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || p(z) )  =: -J(x)                     (eq. 5)
-# How much do we lose? Put p(x|z) p(z) = p(z|x) p(x) into the line with Jensen's inequality; log
-# p(x) does not depend on z and leaves E_q:
+# How much do we lose? Put p(x|z) p(z) = p(z|x) p(x) into the line with Jensen's inequality; there
+# log p(x), free of z, comes out of E_q:
 #     -J(x) = log p(x) - KL( q(z|x) || p(z|x) ),
 # so lowering J raises log p(x), or draws q(z|x) to the true posterior, or both: fitting the model
 # and doing inference are one minimisation. The first term of -J rewards a z from which the decoder
-# can tell x; the KL is the price, in nats, of what z says about x (averaged over x, it is the
-# mutual information of x and z, plus KL of the average q(z|x) from p(z)). Without the first term
+# can recover x; the KL is the price, in nats, of what z says about x (averaged over the data, it is
+# their mutual information under q, plus KL( average q(z|x) || p(z) )). Without the first term
 # q(z|x) = p(z) would be best; without the KL, see M1.objective.
 
 
@@ -330,7 +331,7 @@ class M1(nn.Module):
         self.p_x = mlp(z_dim, *reversed(hidden), x_dim * self.outputs, **kw)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """mu and logvar of q(z|x), both [B, Z]. mu is the feature vector of x (section 2)."""
+        """mu and logvar of q(z|x), both [B, Z]. mu is the feature vector of x."""
         return self.q_z(x).float().chunk(2, -1)
 
     def decode(self, z: Tensor) -> tuple[Tensor, ...]:
@@ -378,8 +379,8 @@ class M1(nn.Module):
         return log_p_x + log_p_z(z) - log_gaussian(z, mu, logvar)
 
     def classify(self, x: Tensor) -> Tensor:
-        """Scores of the K classes, [B, K], by self.classifier, which is set from outside: one of 6
-        CLASSIFIERS."""
+        """Scores of the K classes, [B, K], by self.classifier, which is set from outside (6
+        CLASSIFIERS)."""
         return self.classifier(self.encode(x)[0])
 
     def generate(self, z: Tensor) -> Tensor:
@@ -408,8 +409,8 @@ class M1(nn.Module):
 #               = sum_y q(y|x) [ -L(x,y) ] - sum_y q(y|x) log q(y|x)      (E_q(z|x,y) gives -L)
 #               = sum_y q(y|x) [ -L(x,y) ] + H( q(y|x) )                            =: -U(x) (eq. 7)
 # z is drawn, since its integral is intractable, and reparameterised. y is summed over: there are
-# only K classes, and a draw of y could not be reparameterised: y is discrete, so it cannot move a
-# little when q(y|x) does. The gaps are as in eq. 5: KL(q(z|x,y) || p(z|x,y)) in eq. 6 and
+# only K classes, and a draw of y has no such gradient: y is discrete, so it cannot move a little
+# when q(y|x) does. The gaps are as in eq. 5: KL(q(z|x,y) || p(z|x,y)) in eq. 6 and
 # KL(q(y,z|x) || p(y,z|x)) in eq. 7. If q(y|x) is certain of one y, then H = 0 and U(x) is that y's
 # L(x,y): the loss of eq. 6 is that of eq. 7 where the class is known.
 # What does U teach q(y|x)? Let r(y) = softmax_y( -L(x,y) ), Bayes' rule with the bounds in place of
@@ -421,8 +422,8 @@ class M1(nn.Module):
 #
 # THE WHOLE SET of N labelled and M unlabelled images:
 #     J = sum_labelled L(x,y) + sum_unlabelled U(x)                                          (eq. 8)
-# L(x,y) does not contain q(y|x). So labels would reach the classifier, which is what we want, only
-# indirectly: they shape the generative model, which shapes q(y|x) through U. Therefore a loss
+# L(x,y) does not contain q(y|x). So labels would reach the classifier, our goal, only indirectly:
+# they shape the generative model, which shapes q(y|x) through U. Therefore a loss
 # beside the bound teaches q(y|x) the labels directly:
 #     J^alpha = J + alpha * E_labelled[ -log q(y|x) ]                                        (eq. 9)
 # The added term is >= 0, so -J^alpha <= -J is also a lower bound, though a looser one, on the sum
@@ -498,7 +499,7 @@ class M2(nn.Module):
         z = sample_gaussian(mu, logvar)
         x = x if i is None else x.index_select(0, i)
         log_p_x = self.log_density(x, *self.decode(y, z))  # log p(x|y,z)
-        log_p_y = -math.log(self.y_dim)  # log p(y), uniform: a constant
+        log_p_y = -math.log(self.y_dim)  # log p(y), uniform: no gradient, but no bound without it
         return -(log_p_x + log_p_y - kl_gaussian(mu, logvar))
 
     def pairs(self, B: int, device, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -535,7 +536,7 @@ class M2(nn.Module):
 
         x_l [n_l, D] have the labels y_l [n_l]; x_u [n_u, D] have none (any n_u, also 0).
         n_l >= 1. share_l = N / (N + M). The N labelled images are few, so a minibatch may hold more
-        than their share. The means of L and U are weighed by the shares of the whole set, not of
+        than their share. The means of L and U are weighted by the shares of the whole set, not of
         the minibatch: so this estimates J^alpha / (N + M) (but for BatchNorm), where weight_u = 1,
         the threshold is 0, and x_u is empty only if M = 0.
         alpha is the weight per image, a of WHAT ALPHA IS, not the paper's 0.1 N; weight_u
@@ -559,11 +560,10 @@ class M2(nn.Module):
         """KL( p(y) || mean of q(y|x) over B images ), log_q [B, K] -> a scalar, nats; times
         B / (50 K) if that is below 1.
 
-        Averaged over x from the model, p(y|x) is p(y). U does not ask that the average of q(y|x) be
-        so: a certain q pays -log p(y) = log K for whichever class it names, be it always the same.
-        This KL asks it: an empty class costs without limit. Over many images it is 0 for a right
-        q(y|x) if the classes are as frequent as p(y) says; also for q(y|x) = 1/K, which the labels
-        rule out.
+        Averaged over x from the model, p(y|x) is p(y). U does not ask that of a certain q(y|x): it
+        pays -log p(y) = log K for whichever class it names, be it always the same. This KL asks for
+        it: an empty class costs without limit. Over many images it is 0 for a right q(y|x) if the
+        classes are as frequent as p(y) says; also for q(y|x) = 1/K, which the labels rule out.
         """
         # With p(y) = 1/K: KL = sum_y 1/K [ log 1/K - log m_y ], m_y the mean of q(y|x), to second
         # order sum_y (m_y - 1/K)^2 K/2. A minibatch has class counts of its own: for a q(y|x) that
@@ -580,17 +580,17 @@ class M2(nn.Module):
         Miyato et al. 2015, arXiv 1507.00677). Here x is what the classifier sees (in the stack,
         M1's features).
 
-        Where it is small, probably no boundary between classes is that near x: boundaries are left
-        to places where there are few images. Which delta is the worst? If both q are the same
-        function, the KL is smallest, 0, at delta = 0. So for small delta it is about
+        Where it is small and q(y|x) sure, probably no boundary between classes is that near x:
+        boundaries are left to places where there are few images. Which delta is the worst? If both
+        q are the same function, the KL is smallest, 0, at delta = 0. So for small delta it is about
         1/2 delta^T A delta (A: its second derivatives at 0), largest along the eigenvector of A
         with the largest eigenvalue. A step of the power method turns a random delta roughly there:
         it multiplies it by A, and for small delta, A delta is the gradient of the KL at delta.
-        (Only an estimate: our delta is not small, and with batch normalisation each q also
-        depends on the other images' delta.) The first q(y|x) is held constant: q(y|x+delta) is to
-        move to it, not the other way round. With dropout the two are not the same function: the KL
-        is above 0 even at delta = 0 and the direction rougher, and it then also teaches q(y|x) to
-        depend less on the dropout mask.
+        (Only an estimate: our delta is not small, and with batch normalisation each q also depends
+        on the other images' delta.) The first q(y|x) is held constant: q(y|x+delta) is to move to
+        it, not the other way round. With dropout the two are not the same function: the KL is above
+        0 even at delta = 0 and the direction rougher, and it then also teaches q(y|x) to depend
+        less on the dropout mask.
         """
         log_q = log_q.detach()
         # Batch normalisation would put x + delta into the running statistics, by which images are
@@ -614,16 +614,15 @@ class M2(nn.Module):
             + balance * imbalance + mean roughness
 
         The failure to avoid: q(y|x) soon fits the few labels and is certain everywhere, right or
-        wrong. Eq. 7 weighs L(x,y) by q(y|x), so the generative model then learns the wrong class,
+        wrong. Eq. 7 weights L(x,y) by q(y|x), so the generative model then learns the wrong class,
         and teaches it back. The fast recipe has up to six remedies that the paper lacks (what
         some of them are worth: COMMON MISTAKES, after 9 EVALUATION, and README).
         (1) U fades in from weight 0 to 1 in the part s["ramp"] of training: q(y|x) hears the labels
         before it hears the generative model, which at first has no opinion worth hearing. (The
         generative model itself learns from U almost at once: in its gradient even a small weight of
         U soon outweighs L's, N / (N + M), 0.002 for 100 of 50,000, and Adam's steps hardly depend
-        on the gradient's scale.) Until the weight is 1, minus the loss need not be a lower bound;
-        then it is one (but see BatchNorm), since what is added is >= 0. self.bound is always eq.
-        7's.
+        on the gradient's scale.) Only once the weight is 1 is minus the loss surely a lower bound
+        (but see BatchNorm): all else that is added is >= 0. self.bound is always eq. 7's.
         (2) Dropout keeps q(y|x) from fitting the labels too closely.
         (3) An alpha above the paper's keeps the labels from being outvoted by the many guesses.
         (4) No class may swallow another: balance times imbalance is added, and not faded in,
@@ -631,11 +630,11 @@ class M2(nn.Module):
         (5) A boundary near an image costs: roughness (s["smooth"] is its distance), averaged over
         the minibatch, is added with weight 1 (to save time, with weight 2 in a random half of the
         steps).
-        (6) On MNIST's pixels z has few dimensions, so that y, not z, has to tell the class.
-        (Validation error after 40 epochs, all without (5), seed 0 alone: 6.6, 4.1, 6.0 % with 5,
-        10, 50 dimensions.) For the same reason z's KL has its full weight beside log p(x|y,z) from
-        the start, unlike M1's. If it faded in, all 10 dimensions would stay in use, not 7 to 10
-        depending on the seed, and the bound would be better; but z, while cheap, would tell the
+        (6) On MNIST's pixels z has few dimensions, so that y, not z, has to carry the class. (With
+        5, 10 and 50 dimensions, without roughness, seed 0 alone: validation error 6.6, 4.1 and
+        6.0 % after 40 epochs.) For the same reason z's KL has its full weight beside log p(x|y,z)
+        from the start, unlike M1's. If it faded in, all 10 dimensions would stay in use, not 7 to
+        10 depending on the seed, and the bound would be better; but z, while cheap, would carry the
         class itself.
         """
         seen = torch.cat([x_l, x_u]) if seen is None else seen
@@ -684,8 +683,8 @@ class M2(nn.Module):
 #
 # Why stack? On pixels, a digit's class is at most log 10 = 2.3 of the 100 or so nats that an image
 # costs: the strokes' thickness, slant and place cost far more, and a flexible decoder can explain
-# an image well under the wrong class. A draw z1 says at most some 28 nats about an image of MNIST
-# (M1's mean KL), of which 2.3 are a larger share.
+# an image well under the wrong class. On average a draw z1 says at most some 28 nats about an image
+# of MNIST (M1's mean KL), of which 2.3 are a larger share.
 #
 # The bound. With z1 and M1's q(z1|x), the derivation of eq. 5 reads
 #     log p(x) >= E_q(z1|x)[ log p(x|z1) + log p(z1) - log q(z1|x) ],
@@ -701,13 +700,13 @@ class M2(nn.Module):
 # bound with -L(z1,y) <= log p(z1,y) in place of -U(z1).
 # What q is given. The bound holds for every q(z1) and every q(y), whatever they look at. Let g be
 # the grey image of which the binary x is a draw (Gaussian data: g = x).
-#   Training draws z1 from q(z1|g), not from q(z1|x): its mean and variance need to be computed only
-#     once for each g, not for each draw x of it. Evaluation uses q(z1|x), for which M1 was trained
-#     and which should give the tighter bound.
-#   The classifier q(y|.) is given the mean of q(z1|g), without noise, as when it classifies (where
-#     the bound is evaluated, the mean of q(z1|x)). The price: a looser bound than with the best
-#     q(y|z1), since its answer cannot depend on the draw z1. In the paper's recipe it sees z1 in
-#     training.
+#   Training draws z1 from q(z1|g), not q(z1|x): mean and variance are then computed once for each
+#     g, not for each draw x of it. Evaluation uses q(z1|x), for which M1 was trained and which
+#     should give the tighter bound.
+#   The classifier q(y|.) is given a mean, without noise: that of q(z1|g) in training and when it
+#     classifies, that of q(z1|x) where the bound is evaluated. The price: a looser bound than with
+#     the best q(y|z1), since its answer cannot depend on the draw z1. In the paper's recipe it sees
+#     z1 in training.
 # (Training on draws from q(z1|x) would be simpler, but the classifier was a little worse: README.)
 # What two stages give up: the bound is still a bound, but no longer maximised over all parameters
 # together; q(z1|x) was fitted to another prior and does not learn of the classes.
@@ -782,7 +781,7 @@ class M1M2(nn.Module):
 
 
 # =================================================================================================
-# 6. CLASSIFIERS ON M1's FEATURES (section 2): the mean of q(z|x) stands for x
+# 6. CLASSIFIERS ON M1's FEATURES: the mean of q(z|x) stands for x
 # =================================================================================================
 
 
@@ -847,9 +846,9 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, C=0.3, steps=100, spread=0.3) 
 
     That is a guide: no step is sure to lower it. Unlabelled points start at f = -1, no class. In
     the first `spread` of the steps labels spread without the last term, f = m, because an early
-    wrong guess would spread too. After that, m is scaled so that every class has its share, taken
-    to be 1/K as p(y) has it (wrong for SVHN, used all the same): the mean over the points of
-    (m_c + 1) / 2, which is about 1 within class c and 0 elsewhere, becomes 1/K. Then every
+    wrong guess would spread too. After that, m + 1 is scaled, class by class, so that every class
+    has its share, taken to be 1/K as p(y) has it (wrong for SVHN, used all the same): the mean over
+    the points of (m_c + 1) / 2, which is about 1 within class c and 0 elsewhere, becomes 1/K. Every
     unlabelled point that a label has reached takes the f that minimises its own two terms, given
     this m (svm_step). For a given y that minimum is C / (1 + C) hinge(m, y), so the best y is the
     argmax of m.
@@ -878,16 +877,16 @@ def kernel_machine(z: Tensor, f: Tensor, R=6000) -> KernelMachine:
     mean score of 7 neighbours, 1.9, 2.0, 2.0 % by this machine.)
 
     Distances are measured between points u: z with every dimension times its standard deviation (a
-    dimension that M1 hardly uses tells little of the class). The kernel of two points is
+    dimension that M1 hardly uses says little about the class). The kernel of two points is
     exp(-|u - v|^2 / (2 w^2)), w being the root mean square of |u - v|: w^2 = 2 sum_d sd(u_d)^2,
     where sd(u_d) = sd(z_d)^2.
 
     Random Fourier features (Rahimi and Recht 2007): for omega ~ N(0, I / w^2) and a phase uniform
     on 0..2 pi, 2 cos(omega . u + phase) cos(omega . v + phase) is the cosine of the difference plus
     that of the sum. The latter averages to 0, cos(omega . (u - v)) to the kernel. So W^T phi(z),
-    with R such cosines for phi(z), approximates a function in the kernel's space, and |W|^2
-    approximates its squared norm there times 2/R. With t = +1 for a point's class and -1 for the
-    others, the aim
+    with R cosines of omega . u + phase for phi(z), approximates a function in the kernel's space,
+    and |W|^2 approximates its squared norm there times 2/R. With t = +1 for a point's class and -1
+    for the others, the aim
         sum_i |W^T phi(z_i) - t_i|^2 + |W|^2
     is quadratic in W; its gradient is 0 where (I + sum_i phi phi^T) W = sum_i phi t^T.
     """
@@ -895,7 +894,8 @@ def kernel_machine(z: Tensor, f: Tensor, R=6000) -> KernelMachine:
     z, t = z[known], 2.0 * F.one_hot(f[known].argmax(1), f.shape[1]) - 1
     R, sd = min(R, len(z)), z.std(0)
     width = (2 * (sd**4).sum()).sqrt().clamp_min(1e-9)  # w
-    omega = torch.randn(len(sd), R, device=z.device) * (sd / width)[:, None]  # sd: u = sd * z
+    # omega . u = (sd * omega) . z, and KernelMachine, given z, has this product for its omega
+    omega = torch.randn(len(sd), R, device=z.device) * (sd / width)[:, None]
     phase = 2 * math.pi * torch.rand(R, device=z.device)
     left, right = torch.eye(R, device=z.device), torch.zeros(R, t.shape[1], device=z.device)
     for z_some, t_some in zip(z.split(2000), t.split(2000)):
@@ -1235,13 +1235,14 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run") -> None:
     in_proportion = max(1, round(N * n_u / M)) if M else s["batch_size"]
     n_l = min(N, s.get("batch_labelled") or in_proportion)  # labelled images in it
     # An epoch sees the unlabelled images once (but for the few that fill no minibatch), or goes
-    # through them again if N / n_l is more steps; every minibatch has n_l labelled images drawn
-    # afresh, all of them if n_l = N. (M1 has N = 0.)
+    # through them more often if N / n_l steps need it; every minibatch has n_l labelled images
+    # drawn afresh, all of them if n_l = N. (M1 has N = 0.)
     steps = max(M // n_u if M else 0, math.ceil(N / n_l) if N else 0)
     rounds = math.ceil(steps * n_u / M) if M else 1
     # The paper gives M2's weights w a prior N(0, I), here N(0, I / v). Its -log p(w) / (N + M), the
     # share of one image, is v |w|^2 / (2 (N + M)) plus a constant; the gradient, v w / (N + M), is
-    # what Adam adds as weight decay (of all that is trained, biases too; it is not in the log).
+    # what Adam adds as weight decay (of all that is trained, biases too; log.csv's loss leaves
+    # it out).
     decay = s["weight_prior"] / (N + M)
     optimizer = torch.optim.Adam(model.parameters(), s["lr"], weight_decay=decay, fused=True)
     bf16 = run.settings["precision"] == "bfloat16"
@@ -1307,7 +1308,7 @@ def error_rate(classify, images: Tensor, y: Tensor) -> float:
 
 
 def mean_bound(model: nn.Module, images: Tensor, likelihood: str) -> float:
-    """Mean of model.bound, nats per image. Draws x and z from a fixed seed, so calls compare."""
+    """Mean of model.bound, nats per image. x and z are drawn from a fixed seed."""
     torch.manual_seed(0)
     return in_chunks(lambda x: model.bound(observe(x, likelihood)), images).mean().item()
 
@@ -1316,11 +1317,11 @@ def log_likelihood(model: nn.Module, images: Tensor, likelihood: str, draws: int
     """Mean estimate of log p(x) itself, nats per image, by importance sampling.
 
     model.log_weight draws log w with E[w] = p(x). So the mean of w over S draws estimates p(x)
-    without bias, and its log, log p(x): by Jensen too low on average, but less so the larger S is.
-    (With S = 1, M1's is on average the bound; M2's and the stack's are no lower than their bounds,
-    since the log is taken after the sum over y, without q(y|x).) This minus the bound
-    underestimates, on average, the bound's gap, the mean KL between q and the true posterior. (The
-    bound saw other draws of x: some noise.)
+    without bias. Its log estimates log p(x): by Jensen too low on average, but less so the larger S
+    is. (On average, with S = 1, M1's estimate is the bound, and M2's and the stack's are no lower
+    than theirs, since the log is taken after the sum over y, without q(y|x).) The estimate minus
+    the bound underestimates, on average, the bound's gap, the mean KL between q and the true
+    posterior. (The bound saw other draws of x: some noise.)
     """
 
     def estimate(x: Tensor) -> Tensor:
