@@ -423,8 +423,8 @@ class M1(nn.Module):
 # THE WHOLE SET of N labelled and M unlabelled images:
 #     J = sum_labelled L(x,y) + sum_unlabelled U(x)                                          (eq. 8)
 # L(x,y) does not contain q(y|x). So labels would reach the classifier, our goal, only indirectly:
-# they shape the generative model, which shapes q(y|x) through U. Therefore a loss
-# beside the bound teaches q(y|x) the labels directly:
+# they shape the generative model, which shapes q(y|x) through U. Therefore a loss beside the bound
+# teaches q(y|x) the labels directly:
 #     J^alpha = J + alpha * E_labelled[ -log q(y|x) ]                                        (eq. 9)
 # The added term is >= 0, so -J^alpha <= -J is also a lower bound, though a looser one, on the sum
 # of log p(x,y) over the labelled images and log p(x) over the unlabelled.
@@ -617,12 +617,13 @@ class M2(nn.Module):
         wrong. Eq. 7 weights L(x,y) by q(y|x), so the generative model then learns the wrong class,
         and teaches it back. The fast recipe has up to six remedies that the paper lacks (what
         some of them are worth: COMMON MISTAKES, after 9 EVALUATION, and README).
-        (1) U fades in from weight 0 to 1 in the part s["ramp"] of training: q(y|x) hears the labels
-        before it hears the generative model, which at first has no opinion worth hearing. (The
-        generative model itself learns from U almost at once: in its gradient even a small weight of
-        U soon outweighs L's, N / (N + M), 0.002 for 100 of 50,000, and Adam's steps hardly depend
-        on the gradient's scale.) Only once the weight is 1 is minus the loss surely a lower bound
-        (but see BatchNorm): all else that is added is >= 0. self.bound is always eq. 7's.
+        (1) U fades in: weight_u goes from 0 to 1 in the part s["ramp"] of training, so q(y|x) hears
+        the labels before it hears the generative model, which at first has no opinion worth
+        hearing. (The generative model itself learns from U almost at once: in its gradient even a
+        small weight of U soon outweighs L's, N / (N + M), 0.002 for 100 of 50,000, and Adam's steps
+        hardly depend on the gradient's scale.) Only once the weight is 1 is minus the loss surely a
+        lower bound (but see BatchNorm): all else that is added is >= 0. self.bound is always eq.
+        7's.
         (2) Dropout keeps q(y|x) from fitting the labels too closely.
         (3) An alpha above the paper's keeps the labels from being outvoted by the many guesses.
         (4) No class may swallow another: balance times imbalance is added, and not faded in,
@@ -1348,8 +1349,9 @@ def active_dimensions(m1: M1, images: Tensor) -> Tensor:
 # COMMON MISTAKES and missing terms, and what each does: test error on MNIST, N = 100, after ten
 # epochs, of seeds 0, 1, 2 or of seed 0 alone (float32, one thread, commit d3a1d7e with the line in
 # question changed). Ten epochs are at the mercy of chance: in the 13.7 % below, 43 % of the fours
-# are called nines and 44 % of the nines fours (after forty epochs: 2.0 %). So read nothing into a
-# few per cent. Some mistakes are settings of the paper, whose recipe gives them 3000 epochs.
+# are called nines and 44 % of the nines fours (after forty epochs, on two threads: 2.0 %). So read
+# nothing into a few per cent. Some mistakes are settings of the paper, whose recipe gives them 3000
+# epochs.
 # M2 as it is, --model m2 --epochs 10:                                              13.7, 4.5, 4.4 %
 #   without alpha's term (--alpha 0): labels reach q(y|x) only through p(x|y,z)              66.9 %
 #   without U (weight 0): labels, balance and roughness are left; the bound is -293 nats

@@ -241,7 +241,7 @@ def enumerated_U(m2, x, q):
 @pytest.mark.parametrize("batch_norm", ["none", "q_y", "all"])
 def test_eq7_unlabelled_bound_by_enumeration(fixed_noise, threshold, batch_norm):
     """U and its gradient equal the enumerated sum's, for q(y|x) cut at the threshold as well."""
-    m2 = small_m2(threshold=threshold, batch_norm=batch_norm)
+    m2 = small_m2(batch_norm=batch_norm)
     x = (torch.rand(9, 6) < 0.5).float()
     q = m2.q_y(x).softmax(-1)
     q = q * (q >= threshold)
@@ -254,7 +254,7 @@ def test_eq7_unlabelled_bound_by_enumeration(fixed_noise, threshold, batch_norm)
 @pytest.mark.parametrize("threshold", [0.0, 0.16])
 def test_eq7_is_a_bound_on_log_p_x(threshold):
     """-U(x) <= log p(x) = log sum_y p(x,y), by quadrature, for the truncated sum as well."""
-    m2 = small_m2(threshold=threshold)
+    m2 = small_m2()
     with torch.no_grad():
         for x in (torch.rand(4, 1, 6) < 0.5).float():
             log_p_x = torch.logsumexp(m2_log_joint(m2, x), 0)
@@ -267,7 +267,7 @@ def test_eq7_is_a_bound_on_log_p_x(threshold):
 @pytest.mark.parametrize("threshold", [0.0, 0.16])
 def test_images_do_not_depend_on_their_minibatch(fixed_noise, threshold):
     """One by one or together, whatever the number of pairs that fill up the truncated sum."""
-    m2, x = small_m2(threshold=threshold), (torch.rand(30, 6) < 0.5).float()
+    m2, x = small_m2(), (torch.rand(30, 6) < 0.5).float()
     for f in (lambda x: m2.U(x, threshold=threshold), m2.log_weight):
         alone = torch.cat([f(one) for one in x.split(1)])
         for n in range(21, 31):
