@@ -16,7 +16,7 @@ then explaining the unlabelled images well may reveal which class each belongs t
 THE MODELS.  (Parentheses) mark latent variables, [brackets] observed ones; arrows generate.
 In M2, z is meant to be the style; before x is seen, it is independent of y.
 
-    M1 (section 3.1.1)        M2 (section 3.1.2)            M1+M2 (section 3.1.3)
+    M1 (section 3.1.1)        M2 (section 3.1.2)            M1+M2 (section 2)
 
         (z)                    [y] or (y)    (z)            [y] or (y)    (z2)
          |                           \       /                    \       /
@@ -27,8 +27,8 @@ In M2, z is meant to be the style; before x is seen, it is independent of y.
     a classifier is then        labelled images only                [x]
     trained on z
 
-At the heart of all three: log p(x), which we want high, is the log of an intractable integral over
-the latent variables, so we raise a lower bound on it that we can compute (derived at M1).
+All three meet one difficulty: log p(x), which training should raise, is the log of an intractable
+integral over the latent variables. So we raise a lower bound that we can compute (derived at M1).
 
 NOTATION (the paper's, whose N sometimes means our N + M)
     x           an image as a vector of D pixels, [B, D] in a minibatch of B; a binary one is drawn
@@ -47,7 +47,7 @@ The three models' losses are in nats (natural logarithm). E_q[.] is an expectati
 KL(q || p) = E_q[log q - log p] >= 0 the divergence, H(q) = -E_q[log q] the entropy, Cat(pi) the
 distribution over classes that gives class y probability pi_y.
 
-Read on from top to bottom; the theory is in this file's 2 to 6, COMMON MISTAKES at the end of 9.
+Sections 2 to 6 hold the theory, 7 to 11 the machinery; COMMON MISTAKES are at the end of 9.
 """
 
 import argparse
@@ -61,6 +61,7 @@ import os
 import sys
 import time
 import warnings
+import zipfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -81,10 +82,12 @@ from torch import Tensor, nn
 # 1. SETTINGS: one table, two recipes
 # =================================================================================================
 # "fast" (the default) was chosen on MNIST, mostly with N = 100, by the error on the 10,000
-# validation images (whose labels are used for that, as in the paper: N labels alone would be a poor
-# guide); "paper" is what the paper and its authors' code publish for MNIST with N = 100 (for more
-# labels twice as many minibatches: --batch-size 250); its "tsvm" is ours (6 CLASSIFIERS). The stack
-# (M1+M2) trains its M1 by the column m1, its M2 by the column m1+m2.
+# validation images (whose labels are used for that: N labels alone would be a poor guide). "paper"
+# is what the paper and its authors' code publish for MNIST with N = 100 (for more labels twice as
+# many minibatches: --batch-size 250); where the two differ, the paper (the code's M1 has layers of
+# 500, minibatches of 1000 and the prior of the weights; its stack, for N = 100, a layer of 300).
+# "tsvm" is ours in both (6 CLASSIFIERS). The stack (M1+M2) trains its M1 by the column m1, its M2
+# by the column m1+m2.
 # Every row is also an option: --batch-size 200, say. At a first reading, skim it: the rows are
 # explained where they are used.
 
@@ -164,65 +167,6 @@ DATASETS = {
 # =================================================================================================
 
 
-class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation over [B, D]; a minibatch of one is normalised by running statistics.
-
-    In training, p(x|z) then depends on the other images of the minibatch, so minus the loss does
-    not quite bound each image's log p(x) (q may depend on them: any q gives a bound). In
-    evaluation, with running statistics, it does.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if len(x) > 1:
-            return super().forward(x)
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
-
-
-def random_integers(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Integers uniform over a dtype's range, of the shape of like. For speed alone: on CPUs, drawn
-    eight bytes at a time, they take a small part of the time of as many floats."""
-    if like.device.type != "cpu":
-        low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max + 1
-        return torch.randint(low, high, like.shape, dtype=dtype, device=like.device)
-    n = like.numel()
-    eights = torch.randint(-(2**63), 2**63 - 1, (n * dtype.itemsize // 8 + 1,))
-    return eights.view(dtype)[:n].view(like.shape)
-
-
-class Dropout(nn.Dropout):
-    """Dropout by random bytes, for speed alone: p is rounded to a multiple of 1/256."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        p = round(256 * self.p)
-        keep = random_integers(x, torch.uint8) >= p
-        return x * (keep.to(x.dtype) * (256 / (256 - p)))
-
-
-ACTIVATIONS = {"relu": nn.ReLU, "softplus": nn.Softplus}  # softplus(h) = log(1 + exp(h))
-
-
-def mlp(inputs, *sizes, batch_norm="all", activation="relu", dropout=0.0, init_std=0.0):
-    """Multilayer perceptron with this many inputs and layers of these sizes, the last the output.
-
-    init_std > 0: weights are drawn from N(0, init_std^2) and biases are 0.
-    """
-    *hidden, outputs = sizes
-    layers = []
-    for units in hidden:
-        norm = [BatchNorm(units)] if batch_norm == "all" else []
-        noise = [Dropout(dropout)] if dropout else []
-        layers += [nn.Linear(inputs, units), *norm, ACTIVATIONS[activation](), *noise]
-        inputs = units
-    layers.append(nn.Linear(inputs, outputs))
-    for layer in layers:
-        if isinstance(layer, nn.Linear) and init_std:
-            nn.init.normal_(layer.weight, std=init_std)
-            nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers)
-
-
 def log_bernoulli(x: Tensor, logits: Tensor) -> Tensor:
     """log p(x) of independent Bernoulli pixels: x, logits [B, D] -> [B], nats per image.
 
@@ -264,7 +208,8 @@ def kl_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
            = -1/2 E_q[ log 2 pi sigma^2 + (z - mu)^2/sigma^2 ] + 1/2 E_q[ log 2 pi + z^2 ]
            = -1/2 [ log 2 pi + log sigma^2 + 1 ]               + 1/2 [ log 2 pi + mu^2 + sigma^2 ]
            =  1/2 [ mu^2 + sigma^2 - 1 - log sigma^2 ],
-    and dimensions are independent, so they add up.
+    and dimensions are independent, so they add up. It is exact: of eq. 5 only log p(x|z) is left to
+    be estimated by a draw of z.
     """
     return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(-1)
 
@@ -299,6 +244,67 @@ LIKELIHOODS = {
     "gaussian": (2, log_gaussian, lambda mu, logvar: mu),  # a mean and a log-variance a dimension
 }
 
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation over [B, D]; a minibatch of one is normalised by running statistics.
+
+    In training, p(x|z) then depends on the other images of the minibatch, so minus the loss does
+    not quite bound each image's log p(x) (q may depend on them: any q gives a bound). In
+    evaluation, with running statistics, it does.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 1:
+            return super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+
+
+def random_integers(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Integers uniform over a dtype's range, of the shape of like. For speed alone: on CPUs, drawn
+    eight bytes at a time, they take a small part of the time of as many floats."""
+    if like.device.type != "cpu":
+        low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max + 1
+        return torch.randint(low, high, like.shape, dtype=dtype, device=like.device)
+    n = like.numel()
+    eights = torch.randint(-(2**63), 2**63 - 1, (n * dtype.itemsize // 8 + 1,))
+    return eights.view(dtype)[:n].view(like.shape)
+
+
+class Dropout(nn.Dropout):
+    """Dropout by random bytes, for speed alone (a third of nn.Dropout's time on a CPU): p is
+    rounded to a multiple of 1/256."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        p = round(256 * self.p)
+        keep = random_integers(x, torch.uint8) >= p
+        return x * (keep.to(x.dtype) * (256 / (256 - p)))
+
+
+ACTIVATIONS = {"relu": nn.ReLU, "softplus": nn.Softplus}  # softplus(h) = log(1 + exp(h))
+
+
+def mlp(inputs, *sizes, batch_norm="all", activation="relu", dropout=0.0, init_std=0.0):
+    """Multilayer perceptron with this many inputs and layers of these sizes, the last the output.
+
+    init_std > 0: weights are drawn from N(0, init_std^2) and biases are 0.
+    """
+    *hidden, outputs = sizes
+    layers = []
+    for units in hidden:
+        norm = [BatchNorm(units)] if batch_norm == "all" else []
+        noise = [Dropout(dropout)] if dropout else []
+        layers += [nn.Linear(inputs, units), *norm, ACTIVATIONS[activation](), *noise]
+        inputs = units
+    layers.append(nn.Linear(inputs, outputs))
+    for layer in layers:
+        if isinstance(layer, nn.Linear) and init_std:
+            nn.init.normal_(layer.weight, std=init_std)
+            nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
+
+
 # =================================================================================================
 # 3. M1: a variational autoencoder on all images, labels unused (section 3.1.1)
 # =================================================================================================
@@ -310,7 +316,7 @@ LIKELIHOODS = {
 #     log p(x) = log integral p(x|z) p(z) dz = log E_q(z|x)[ p(x|z) p(z) / q(z|x) ]
 #             >= E_q(z|x)[ log p(x|z) + log p(z) - log q(z|x) ]       (Jensen: log is concave)
 #              = E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || p(z) )  =: -J(x)                     (eq. 5)
-# How much do we lose? Put p(x|z) p(z) = p(z|x) p(x) into the line with Jensen's inequality; there
+# How much do we lose? In the line with Jensen's inequality, replace p(x|z) p(z) by p(z|x) p(x);
 # log p(x), free of z, comes out of E_q:
 #     -J(x) = log p(x) - KL( q(z|x) || p(z|x) ),
 # so lowering J raises log p(x), or draws q(z|x) to the true posterior, or both: fitting the model
@@ -347,14 +353,15 @@ class M1(nn.Module):
 
     def objective(self, x_l, y_l, x_u, share_l: float, done: float, s) -> Tensor:
         """Training loss, a scalar in nats per image; done in [0, 1) is the part of training that is
-        over, s the settings. All images are in x_u: M1 uses no labels. (The other arguments, with
-        share_l = N / (N + M), are M2's: one loop trains both.)
+        over, s the settings (of which it needs beta and ramp). All images are in x_u: M1 uses no
+        labels. (The other arguments, with share_l = N / (N + M), are M2's: one loop trains both.)
 
         Why the ramp. Early on the decoder is too poor to use z, so the cheapest thing a latent
         dimension can do is to pay no KL: q(z_d|x) = p(z_d). The decoder then learns to ignore it,
         and gradients rarely bring it back (posterior collapse). A KL weight that grows from 0 to
-        s["beta"] lets the decoder learn to use z first. Batch normalisation helps as well: it
-        makes the last hidden layer, from which mu(x) is computed, vary over a minibatch.
+        s["beta"] lets the decoder learn to use z first (Bowman et al. 2015; Soenderby et al. 2016).
+        Batch normalisation helps as well: it makes the last hidden layer, from which mu(x) is
+        computed, vary over a minibatch.
         After the ramp, beta = 1 is eq. 5; beta < 1 lets z say more about x than the best bound
         asks for; with beta = 0 noise in z would only hurt the reconstruction: sigma vanishes beside
         the spread of mu, and an autoencoder is left. While the KL's weight is below 1, minus this
@@ -419,6 +426,8 @@ class M1(nn.Module):
 # least at q = r: the classifier learns to agree with the generative model. H makes the answer a
 # softmax: without H (a looser bound, as H >= 0) the best q is certain of the smallest L, however
 # small the difference.
+# Nothing in U says that y is the digit: any division of the images into K groups that makes them
+# more probable will do. It is the few labels that say which, by L and, above all, by eq. 9.
 #
 # THE WHOLE SET of N labelled and M unlabelled images:
 #     J = sum_labelled L(x,y) + sum_unlabelled U(x)                                          (eq. 8)
@@ -521,6 +530,9 @@ class M2(nn.Module):
     def U(self, x: Tensor, log_q: Tensor | None = None, threshold: float = 0.0) -> Tensor:
         """Eq. 7, with q~ for q where there is a threshold (<= 1/K), [B], nats per image.
         log_q = log q(y|x), [B, K]."""
+        # Without a threshold this is, in one go,
+        #     L = torch.stack([self.L(x, torch.full((B,), y)) for y in range(K)], 1)     # [B, K]
+        #     return (log_q.exp() * (L + log_q)).sum(1)
         B, K = len(x), self.y_dim
         log_q = self.log_q_y(x) if log_q is None else log_q
         keep = log_q.exp() >= threshold  # [B, K]; the largest is >= 1/K and stays
@@ -546,9 +558,11 @@ class M2(nn.Module):
         n_l, x = len(x_l), torch.cat([x_l, x_u])
         if log_q is None:
             log_q = self.log_q_y(x)
-        # Eq. 6 is eq. 7 with a q that is certain of the label: log q = 0 there, -1e4 elsewhere (for
-        # log 0). So one call computes L and U, with one set of batch statistics. (At threshold 0 it
-        # also computes the labelled images' L for the other classes: only BatchNorm notices.)
+        # The next two lines compute, in one go and with one set of batch statistics,
+        #     L = self.L(x_l, y_l);  U = self.U(x_u, log_q[n_l:], self.threshold)
+        # for eq. 6 is eq. 7 with a q that is certain of the label: log q = 0 there, -1e4 elsewhere
+        # (for log 0). (At threshold 0 they also compute the labelled images' L for the other
+        # classes: only BatchNorm notices.)
         certain = 1e4 * (F.one_hot(y_l, self.y_dim) - 1)
         L, U = self.U(x, torch.cat([certain, log_q[n_l:]]), self.threshold).split([n_l, len(x_u)])
         loss = share_l * L.mean() + alpha * F.nll_loss(log_q[:n_l], y_l)
@@ -560,10 +574,10 @@ class M2(nn.Module):
         """KL( p(y) || mean of q(y|x) over B images ), log_q [B, K] -> a scalar, nats; times
         B / (50 K) if that is below 1.
 
-        Averaged over x from the model, p(y|x) is p(y). U does not ask that of a certain q(y|x): it
-        pays -log p(y) = log K for whichever class it names, be it always the same. This KL asks for
-        it: an empty class costs without limit. Over many images it is 0 for a right q(y|x) if the
-        classes are as frequent as p(y) says; also for q(y|x) = 1/K, which the labels rule out.
+        Averaged over x from the model, p(y|x) is p(y). U does not ask this of q: a confident q(y|x)
+        pays -log p(y) = log K whichever class it names, even if it is always the same one. This KL
+        does: an empty class costs without limit. Over many images it is 0 for a correct q(y|x) if
+        classes are as frequent as p(y) says (and for q(y|x) = 1/K, which the labels rule out).
         """
         # With p(y) = 1/K: KL = sum_y 1/K [ log 1/K - log m_y ], m_y the mean of q(y|x), to second
         # order sum_y (m_y - 1/K)^2 K/2. A minibatch has class counts of its own: for a q(y|x) that
@@ -586,11 +600,11 @@ class M2(nn.Module):
         1/2 delta^T A delta (A: its second derivatives at 0), largest along the eigenvector of A
         with the largest eigenvalue. A step of the power method turns a random delta roughly there:
         it multiplies it by A, and for small delta, A delta is the gradient of the KL at delta.
-        (Only an estimate: our delta is not small, and with batch normalisation each q also depends
-        on the other images' delta.) The first q(y|x) is held constant: q(y|x+delta) is to move to
-        it, not the other way round. With dropout the two are not the same function: the KL is above
-        0 even at delta = 0 and the direction rougher, and it then also teaches q(y|x) to depend
-        less on the dropout mask.
+        (Only an estimate: our delta is not small, as a tiny one would drown in bfloat16's rounding,
+        and with batch normalisation each q also depends on the other images' delta.) The first
+        q(y|x) is held constant: q(y|x+delta) is to move to it, not the other way round. With
+        dropout the two are not the same function: the KL is above 0 even at delta = 0 and the
+        direction rougher, and it then also teaches q(y|x) to depend less on the dropout mask.
         """
         log_q = log_q.detach()
         # Batch normalisation would put x + delta into the running statistics, by which images are
@@ -608,7 +622,8 @@ class M2(nn.Module):
 
     def objective(self, x_l, y_l, x_u, share_l: float, done: float, s, seen=None) -> Tensor:
         """Training loss, a scalar in nats per image; done in [0, 1) is the part of training that is
-        over, s the settings. seen: what q(y|.) is given, if not x_l and x_u themselves (the stack).
+        over, s the settings (of which it needs alpha, balance, ramp and smooth). seen: what q(y|.)
+        is given, if not x_l and x_u themselves (the stack).
 
             share_l mean L + (1 - share_l) weight_u mean U + alpha mean_labelled[ -log q(y|x) ]
             + balance * imbalance + mean roughness
@@ -617,13 +632,12 @@ class M2(nn.Module):
         wrong. Eq. 7 weights L(x,y) by q(y|x), so the generative model then learns the wrong class,
         and teaches it back. The fast recipe has up to six remedies that the paper lacks (what
         some of them are worth: COMMON MISTAKES, after 9 EVALUATION, and README).
-        (1) U fades in: weight_u goes from 0 to 1 in the part s["ramp"] of training, so q(y|x) hears
-        the labels before it hears the generative model, which at first has no opinion worth
-        hearing. (The generative model itself learns from U almost at once: in its gradient even a
-        small weight of U soon outweighs L's, N / (N + M), 0.002 for 100 of 50,000, and Adam's steps
-        hardly depend on the gradient's scale.) Only once the weight is 1 is minus the loss surely a
-        lower bound (but see BatchNorm): all else that is added is >= 0. self.bound is always eq.
-        7's.
+        (1) U fades in: over the first s["ramp"] of training weight_u goes from 0 to 1, so q(y|x)
+        learns from the labels before it learns from a generative model that knows nothing yet. (The
+        generative model itself learns from U almost at once: in its gradient even a small weight of
+        U soon outweighs L's, N / (N + M), 0.002 for 100 of 50,000, and Adam's steps hardly depend
+        on the gradient's scale.) Only once the weight is 1 is minus the loss surely a lower bound
+        (but see BatchNorm): all else that is added is >= 0. self.bound is always eq. 7's.
         (2) Dropout keeps q(y|x) from fitting the labels too closely.
         (3) An alpha above the paper's keeps the labels from being outvoted by the many guesses.
         (4) No class may swallow another: balance times imbalance is added, and not faded in,
@@ -633,10 +647,9 @@ class M2(nn.Module):
         steps).
         (6) On MNIST's pixels z has few dimensions, so that y, not z, has to carry the class. (With
         5, 10 and 50 dimensions, without roughness, seed 0 alone: validation error 6.6, 4.1 and
-        6.0 % after 40 epochs.) For the same reason z's KL has its full weight beside log p(x|y,z)
-        from the start, unlike M1's. If it faded in, all 10 dimensions would stay in use, not 7 to
-        10 depending on the seed, and the bound would be better; but z, while cheap, would carry the
-        class itself.
+        6.0 % after 40 epochs; with it, README's table shows little difference.)
+        Unlike M1's, z's KL has its full weight from the start. Fading it in keeps all 10 dimensions
+        in use, not 7 to 10 depending on the seed, and gives a better bound, but no better q(y|x).
         """
         seen = torch.cat([x_l, x_u]) if seen is None else seen
         log_q = self.log_q_y(seen)
@@ -676,7 +689,7 @@ class M2(nn.Module):
 
 
 # =================================================================================================
-# 5. M1+M2: M2 on M1's features (section 3.1.3)
+# 5. M1+M2: M2 on M1's features (section 2, the stacked model)
 # =================================================================================================
 #
 #     p(x, y, z1, z2) = p(y) p(z2) p(z1|y,z2) p(x|z1)
@@ -697,18 +710,18 @@ class M2(nn.Module):
 # N(0, 1) as a factor, whose log is added.)
 # Training is in two stages. M1 is trained with p(z1) = N(0, I) and then frozen: p(x|z1) and q(z1|x)
 # no longer change, so raising this bound is lowering E_q(z1|x)[ U(z1) ]: M2, with a Gaussian
-# p(z1|y,z2), on a fresh draw of z1 at every visit of x. For labelled x, log p(x,y) has the same
-# bound with -L(z1,y) <= log p(z1,y) in place of -U(z1).
-# What q is given. The bound holds for every q(z1) and every q(y), whatever they look at. Let g be
-# the grey image of which the binary x is a draw (Gaussian data: g = x).
-#   Training draws z1 from q(z1|g), not q(z1|x): mean and variance are then computed once for each
-#     g, not for each draw x of it. Evaluation uses q(z1|x), for which M1 was trained and which
-#     should give the tighter bound.
+# p(z1|y,z2), on a fresh draw of z1 at every visit of x. (That Gaussian's variance is learned, yet
+# cannot usefully go to 0 and its density to infinity: the draw has the variance of q(z1|x).) For
+# labelled x, log p(x,y) has the same bound with -L(z1,y) <= log p(z1,y) in place of -U(z1).
+# What q is given. The bound holds whatever q(z1) and q(y) depend on. Let g be the grey image of
+# which the binary x is a draw (Gaussian data: g = x).
+#   Training draws z1 from q(z1|g), as the authors' code does: mean and variance are computed once
+#     for each g, not for each draw x of it. Evaluation uses q(z1|x), for which M1 was trained and
+#     which should give the tighter bound.
 #   The classifier q(y|.) is given a mean, without noise: that of q(z1|g) in training and when it
-#     classifies, that of q(z1|x) where the bound is evaluated. The price: a looser bound than with
-#     the best q(y|z1), since its answer cannot depend on the draw z1. In the paper's recipe it sees
-#     z1 in training.
-# (Training on draws from q(z1|x) would be simpler, but the classifier was a little worse: README.)
+#     classifies, that of q(z1|x) where the bound is evaluated. Its answer cannot depend on the draw
+#     z1, so the bound is looser than with the best q(y|z1). In the paper's recipe, as in the
+#     authors' code, it sees z1 in training.
 # What two stages give up: the bound is still a bound, but no longer maximised over all parameters
 # together; q(z1|x) was fitted to another prior and does not learn of the classes.
 
@@ -834,9 +847,9 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, C=0.3, steps=100, spread=0.3) 
     t_c(y) = +1 if c = y, else -1: it wants t_c(y) f_c >= 1 and pays for what is missing, here by
     its square:
         hinge(f, y) = sum_c max(0, 1 - t_c(y) f_c)^2.
-    Without more, many f fit the N labels. The usual remedy is a small norm of f in a kernel's
-    space; ours is that f be smooth where the data are: let m_i be the mean of f over the k nearest
-    neighbours of point i. An unlabelled point has no y, so y is minimised over as well. The aim:
+    Many f fit the N labels. The usual SVM picks one of small norm in a kernel's space; ours picks
+    one that is smooth where the data are: m_i is the mean of f over the k nearest neighbours of
+    point i. An unlabelled point has no y, so y is minimised over as well. The aim:
         sum_unlabelled [ |f_i - m_i|^2 + C * min_y hinge(f_i, y) ],
         with f_ic = t_c(y_i) at the labelled points.
     The last term makes it a transductive SVM: it pushes unlabelled points to a side, and so the
@@ -845,7 +858,7 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, C=0.3, steps=100, spread=0.3) 
     to d adds g(f_d) - g(f_c), where g(f) = max(0, 1 - f)^2 - max(0, 1 + f)^2 decreases in f, so it
     lowers the hinge if f_d > f_c.
 
-    That is a guide: no step is sure to lower it. Unlabelled points start at f = -1, no class. In
+    No step is guaranteed to lower this aim. Unlabelled points start at f = -1, no class. In
     the first `spread` of the steps labels spread without the last term, f = m, because an early
     wrong guess would spread too. After that, m + 1 is scaled, class by class, so that every class
     has its share, taken to be 1/K as p(y) has it (wrong for SVHN, used all the same): the mean over
@@ -853,6 +866,9 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, C=0.3, steps=100, spread=0.3) 
     unlabelled point that a label has reached takes the f that minimises its own two terms, given
     this m (svm_step). For a given y that minimum is C / (1 + C) hinge(m, y), so the best y is the
     argmax of m.
+
+    (Transductive SVMs: Joachims 1999; labels spreading on a graph: Zhu and Ghahramani 2002;
+    scaling to the classes' shares: Zhu et al. 2003.)
     """
     N, t_l = len(y_l), 2.0 * F.one_hot(y_l, y_dim) - 1
     neighbours = nearest(z, z, k + 1)[:, 1:]  # the nearest is the point itself, or a duplicate
@@ -912,12 +928,13 @@ def kernel_machine(z: Tensor, f: Tensor, R=6000) -> KernelMachine:
 
 
 class BadInput(Exception):
-    """Something the user can mend. main() prints it as one line and exits with code 2."""
+    """Something the user can put right. main() prints it as one line and exits with code 2."""
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error, short."""
-    return " ".join(str(error).split())[:150] or type(error).__name__
+    """The message of an error, short and without control characters."""
+    words = " ".join(str(error).split())[:150]
+    return "".join(c for c in words if c.isprintable()) or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -1088,7 +1105,8 @@ def load_npz(path: Path) -> list[np.ndarray]:
 
 
 def check(source: str | Path, arrays: list[np.ndarray]) -> None:
-    """Raises BadInput unless these are images [n, C, H, W] and their labels 0..K-1."""
+    """Raises BadInput unless these are images [n, C, H, W] and their labels 0..K-1, or -1 for
+    training images that have none."""
     x_train, y_train, x_test, y_test = arrays
     for x, y, part in ((x_train, y_train, "train"), (x_test, y_test, "test")):
         if 0 in x.shape or x.shape[1:] != x_train.shape[1:] or x.shape[1] not in (1, 3):
@@ -1096,23 +1114,29 @@ def check(source: str | Path, arrays: list[np.ndarray]) -> None:
             raise BadInput(f"{source}: the images x_{part} have an unusable shape; {hint}")
         is_bytes = x.dtype == np.uint8 and x_train.max() > 1  # 1 of 255 would be nearly black
         if not is_bytes and not (x.dtype.kind == "f" and 0 <= x.min() and x.max() <= 1):
-            raise BadInput(f"{source}: x_{part} must be uint8 up to 255, or floats in [0, 1]")
-        if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0:
-            raise BadInput(f"{source}: y_{part} must be {len(x)} integers from 0, one an image")
-    y_dim = int(y_train.max()) + 1
-    if y_dim < 2 or y_test.max() >= y_dim or len(np.unique(y_train)) != y_dim or len(x_train) < 6:
+            hint = "uint8 up to 255, or floats in [0, 1] (also of binary images), none of them NaN"
+            raise BadInput(f"{source}: x_{part} must be {hint}")
+        lowest = -1 if part == "train" else 0
+        if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < lowest:
+            hint = "0..K-1, or -1 in y_train for no label"
+            raise BadInput(f"{source}: y_{part} must be {len(x)} integers, one an image: {hint}")
+    y_dim, y = int(y_train.max()) + 1, y_train[y_train != -1]
+    if y_dim < 2 or y_test.max() >= y_dim or len(np.unique(y)) != y_dim or len(y) < 6:
         raise BadInput(f"{source}: give 6 or more labels 0..K-1, K >= 2, each of them in y_train")
 
 
 def split(y: Tensor, n_labels: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of the labelled, unlabelled and validation images among n of the classes y [n].
+    """Indices of the labelled, unlabelled and validation images among n of the classes y [n], -1
+    where an image has no label.
 
-    Validation: a sixth (10,000 of 60,000) at random. Labelled: n_labels of the rest,
-    equally many of each class. Raises BadInput if n_labels does not allow that.
+    Validation: a sixth (10,000 of 60,000) of those that have one, at random. Labelled: n_labels of
+    the others, equally many of each class. Raises BadInput if n_labels does not allow that.
     """
     K = int(y.max()) + 1
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    valid, rest = order[: len(y) // 6], order[len(y) // 6 :]
+    known = order[y[order] >= 0]
+    valid = known[: len(known) // 6]
+    rest = order[~torch.isin(order, valid)]
     by_class = [rest[y[rest] == k] for k in range(K)]
     most = K * min(len(members) for members in by_class)
     if n_labels % K or not K <= n_labels <= most:
@@ -1128,9 +1152,9 @@ def principal_components(images: Tensor, share: float = 0.99) -> dict:
 
     Returns the mean [D], directions V [D, d] (orthonormal columns), standard deviations sd [d].
     Neighbouring pixels are alike, so their covariance has a few large eigenvalues and many tiny
-    ones. In x = (image - mean) V / sd, the coordinates along the eigenvectors of the large ones in
-    units of their spread, dimensions are uncorrelated (p(x|z) has them independent, given z) and of
-    like size, as networks like it. The directions that are dropped hardly vary; divided by their
+    ones. x = (image - mean) V / sd keeps the coordinates along the eigenvectors of the large ones,
+    each in units of its spread: uncorrelated (given z, p(x|z) has them independent) and of like
+    size, which suits networks. The directions that are dropped hardly vary; divided by their
     spread, what is mostly noise in them would weigh as much as the rest.
     """
     x = pixels(images[:20_000])
@@ -1209,7 +1233,7 @@ class Diverged(Exception):
 
 def bfloat16_is_faster(device: torch.device) -> bool:
     """Whether matrix products are faster in bfloat16: so on most GPUs since 2020, on CPUs with AMX
-    and on AMD's with AVX512-BF16 (2.3 times as fast; on Intel's without AMX, 0.5 times).
+    and on AMD's with AVX512-BF16 (2.3 times the speed; on Intel's without AMX, 0.5).
 
     It has float32's range with 8 bits of precision: enough for activations, their gradients and the
     copies of the weights that are multiplied. The weights themselves, Adam's moments, log-densities
@@ -1235,7 +1259,7 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run") -> None:
     n_u = min(M, s["batch_size"])  # unlabelled images in a minibatch
     in_proportion = max(1, round(N * n_u / M)) if M else s["batch_size"]
     n_l = min(N, s.get("batch_labelled") or in_proportion)  # labelled images in it
-    # An epoch sees the unlabelled images once (but for the few that fill no minibatch), or goes
+    # An epoch sees the unlabelled images once (but for the last, fewer than n_u), or goes
     # through them more often if N / n_l steps need it; every minibatch has n_l labelled images
     # drawn afresh, all of them if n_l = N. (M1 has N = 0.)
     steps = max(M // n_u if M else 0, math.ceil(N / n_l) if N else 0)
@@ -1318,11 +1342,11 @@ def log_likelihood(model: nn.Module, images: Tensor, likelihood: str, draws: int
     """Mean estimate of log p(x) itself, nats per image, by importance sampling.
 
     model.log_weight draws log w with E[w] = p(x). So the mean of w over S draws estimates p(x)
-    without bias. Its log estimates log p(x): by Jensen too low on average, but less so the larger S
-    is. (On average, with S = 1, M1's estimate is the bound, and M2's and the stack's are no lower
-    than theirs, since the log is taken after the sum over y, without q(y|x).) The estimate minus
-    the bound underestimates, on average, the bound's gap, the mean KL between q and the true
-    posterior. (The bound saw other draws of x: some noise.)
+    without bias (Burda et al. 2015). Its log estimates log p(x): by Jensen too low on average, the
+    less so the larger S. (On average, with S = 1, M1's estimate is the bound, and M2's and the
+    stack's are no lower than theirs, since the log is taken after the sum over y, without q(y|x).)
+    The estimate minus the bound underestimates, on average, the bound's gap, the mean KL between q
+    and the true posterior. (The bound saw other draws of x: some noise.)
     """
 
     def estimate(x: Tensor) -> Tensor:
@@ -1348,10 +1372,10 @@ def active_dimensions(m1: M1, images: Tensor) -> Tensor:
 
 # COMMON MISTAKES and missing terms, and what each does: test error on MNIST, N = 100, after ten
 # epochs, of seeds 0, 1, 2 or of seed 0 alone (float32, one thread, commit d3a1d7e with the line in
-# question changed). Ten epochs are at the mercy of chance: in the 13.7 % below, 43 % of the fours
-# are called nines and 44 % of the nines fours (after forty epochs, on two threads: 2.0 %). So read
-# nothing into a few per cent. Some mistakes are settings of the paper, whose recipe gives them 3000
-# epochs.
+# question changed). After ten epochs chance still rules: in the run with 13.7 %, 43 % of the fours
+# are called nines and 44 % of the nines fours (after forty, on two threads, 2.0 % are wrong). So
+# read nothing into a few per cent. Some mistakes are settings of the paper, whose recipe gives them
+# 3000 epochs.
 # M2 as it is, --model m2 --epochs 10:                                              13.7, 4.5, 4.4 %
 #   without alpha's term (--alpha 0): labels reach q(y|x) only through p(x|y,z)              66.9 %
 #   without U (weight 0): labels, balance and roughness are left; the bound is -293 nats
@@ -1408,7 +1432,9 @@ def curves(rows: list[dict]):
     page = Image.new("RGB", (960, 360), "white")
     draw = ImageDraw.Draw(page)
     titles = {"bound": "bound on log p(x), nats", "valid_error": "validation error, %"}
-    rows = rows[len(rows) // 10 :]  # the first tenth would stretch the axis
+    stages = dict.fromkeys(row["stage"] for row in rows)  # m1 and m1+m2, or one
+    stages = [[row for row in rows if row["stage"] == stage] for stage in stages]
+    rows = [row for part in stages for row in part[len(part) // 10 :]]  # the first would dwarf them
     for left, (key, title) in zip((80, 570), titles.items()):
         values = [row[key] for row in rows]
         low, span = min(values), (max(values) - min(values)) or 1.0
@@ -1490,7 +1516,7 @@ def pictures(model: nn.Module, data: Data) -> dict:
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: under another name first, then renamed. Raises BadInput."""
     beside = path.with_name(path.name + ".part")
-    with or_bad_input(f"cannot write {path}; mend that and try again, or another --out-dir"):
+    with or_bad_input(f"cannot write {path}; fix that and try again, or give another --out-dir"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             beside.write_bytes(content)
@@ -1533,6 +1559,8 @@ def load_saved(path: Path, device, finished=True) -> dict:
     unreadable = f"cannot read {path}: is it a file written by this version of ssvae.py?"
     with or_bad_input(unreadable), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+            raise ValueError(f"{damaged} in it is damaged")
         saved = torch.load(path, map_location=device, weights_only=True)
         s, kinds = saved["settings"], {"dataset": str, "checksum": int, "labels": int, "seed": int}
         fits = [isinstance(s[name], kind) for name, kind in kinds.items()]
@@ -1664,7 +1692,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         banned |= set() if args.model else SETTINGS.keys() - {"epochs"}
     for name, value in vars(args).items():
         if name in banned and value != parser.get_default(name):
-            raise BadInput(f"--{name.replace('_', '-')} has no meaning with {mode}; drop it")
+            needs = {"nll": "--load", "seeds": "--reproduce"}
+            what = f"drop it, or give {needs[name]}" if name in needs else "drop it"
+            raise BadInput(f"--{name.replace('_', '-')} has no meaning with {mode}; {what}")
 
     if args.reproduce:
         args.labels = args.labels or [100, 600, 1000, 3000]
@@ -1746,8 +1776,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ssvae: {one_line(error)}; try a smaller --batch-size", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        again = "the same command; --reproduce and --load as they are, else with --resume"
-        print(f"\nssvae: interrupted; go on with {again}, not --overwrite", file=sys.stderr)
+        again = "with --resume (--reproduce and --load: as it is), without --overwrite"
+        print(f"\nssvae: interrupted; to go on, repeat the command {again}", file=sys.stderr)
         return 130
 
 
@@ -1798,8 +1828,10 @@ def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, d
         for key, value in settings.items():
             # The file of the data may have moved: its checksum tells.
             if key != "dataset" and begun.get(key) != value:
-                other = f"{folder} holds a run with {key} {begun.get(key)}, not {value}"
-                raise BadInput(f"{other}; give the same, another --out-dir or --overwrite")
+                other = f"with {key} {begun.get(key)}, not {value}"
+                other = f"{folder} holds a run {'on other data' if key == 'checksum' else other}"
+                instead = "remove it" if args.reproduce else "--overwrite"
+                raise BadInput(f"{other}; give the same, another --out-dir or {instead}")
         if results:
             summary(results)  # raises if a key is missing
     if saved and not args.resume:
@@ -1861,7 +1893,9 @@ def train_and_evaluate(args: argparse.Namespace) -> dict:
     results, saved = find_run(folder, s, args, device)
     if results:
         print(summary(results))
-        print(f"This run is finished, in {folder}; --overwrite trains it afresh.")
+        if not args.reproduce:
+            draw = f"--load {folder / 'model.pt'} draws its pictures"
+            print(f"This run is finished, in {folder}; {draw}, --overwrite trains it afresh.")
         return results
 
     # Train: M1 where the model has one and none is given, then M1's classifier or M2.

@@ -408,7 +408,7 @@ def small_stack(**kw):
 
 
 def test_M1M2_bound_by_hand(fixed_noise):
-    """Section 3.1.3's bound term by term, over all classes in spite of a threshold, with z1 = mu +
+    """The stack's bound term by term, over all classes in spite of a threshold, with z1 = mu +
     0.3 sigma; and what is generated from y and z2."""
     m1, m2, stack = small_stack(threshold=0.16)
     x, y = (torch.rand(4, 6) < 0.5).float(), torch.tensor([0, 1, 2, 0])
@@ -621,6 +621,18 @@ def test_split_is_balanced_disjoint_and_drawn_by_the_seed():
     assert torch.equal(labelled, same[0]) and torch.equal(unlabelled, same[1])
     assert set(labelled.tolist()) != set(other[0].tolist())
     assert set(valid.tolist()) != set(other[2].tolist())
+
+
+def test_images_without_a_label_are_for_training_alone(tmp_path):
+    """-1 in y_train: among the unlabelled images, all of them; a sixth of the others validates."""
+    x, y = np.random.default_rng(0).random((600, 4, 4)), np.arange(600) % 3
+    x[::2], y[::2] = 0, -1  # black: to tell them
+    np.savez(tmp_path / "own.npz", x_train=x, y_train=y, x_test=x, y_test=np.arange(600) % 3)
+    data = ssvae.load_data(str(tmp_path / "own.npz"), tmp_path, 30, 0, "cpu")
+    black = lambda images: int((images == 0).all(1).sum())
+    assert [len(a) for a in (data.x_l, data.x_u, data.x_valid)] == [30, 520, 50]
+    assert [black(a) for a in (data.x_l, data.x_u, data.x_valid)] == [0, 300, 0]
+    assert torch.bincount(data.y_l).tolist() == [10] * 3 and data.y_valid.min() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
@@ -930,8 +942,9 @@ def test_pictures_show_what_they_say(small, tmp_path):
 
 
 def test_curves_rise_where_the_values_do():
-    """The line's height follows the values: top and bottom of the panels, one row and many."""
-    stages = ["m1"] * 5 + ["m1+m2"] * 15
+    """The line's height follows the values: top and bottom of the panels, one row and many. What
+    the first tenth of a stage's epochs had does not matter."""
+    stages = ["m1"] * 10 + ["m1+m2"] * 20
     rows = [
         {"stage": stage, "epoch": i + 1, "bound": -100.0 + i, "valid_error": 50.0 - i}
         for i, stage in enumerate(stages)
@@ -942,6 +955,9 @@ def test_curves_rise_where_the_values_do():
         panel = navy[46:305, left + 1 : left + 360]
         heights = [np.nonzero(column)[0].mean() for column in panel.T if column.any()]
         assert sign * (heights[-1] - heights[0]) > 200
+    for i in (0, 10, 11):
+        rows[i] |= {"bound": -1e4, "valid_error": 95.0}
+    assert np.array_equal(page, np.array(ssvae.curves(rows)))
     ssvae.curves(rows[:1])
 
 
@@ -1305,7 +1321,7 @@ def bad_files(folder, small):
     npz("nan.npz", x_test=np.full((600, 28, 28), np.nan))
     npz("type.npz", x_train=arrays["x_train"].astype(int))
     npz("length.npz", y_train=arrays["y_train"][1:])
-    npz("negative.npz", y_train=arrays["y_train"] - 1)
+    npz("negative.npz", y_train=arrays["y_train"] - 2)
     npz("gap.npz", y_train=np.where(arrays["y_train"] == 3, 4, arrays["y_train"]))
     npz("newclass.npz", y_test=arrays["y_test"] + 5)
     np.savez(folder / "missing.npz", x_train=arrays["x_train"])
@@ -1442,7 +1458,9 @@ def test_damaged_checkpoints_are_refused(small, tmp_path, monkeypatch, capsys):
         torch.save(lacking, tmp_path / f"no {key}.pt")
     rng = np.random.default_rng(0)
     cuts = [whole[: rng.integers(len(whole))] for _ in range(10)]
-    for content in [*cuts, *[(tmp_path / name).read_bytes() for name in names]]:
+    middle = len(whole) // 2  # where the weights are
+    flipped = whole[:middle] + bytes([whole[middle] ^ 0x40]) + whole[middle + 1 :]
+    for content in [flipped, *cuts, *[(tmp_path / name).read_bytes() for name in names]]:
         checkpoint.write_bytes(content)
         run(*args, "--resume", code=2)
         err = capsys.readouterr().err
