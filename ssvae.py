@@ -55,6 +55,7 @@ import contextlib
 import csv
 import gzip
 import io
+import itertools
 import json
 import math
 import os
@@ -802,8 +803,12 @@ class M1M2(nn.Module):
 def nearest(z: Tensor, points: Tensor, k: int) -> Tensor:
     """Indices of the k points [n, Z] nearest to each z [B, Z], nearest first: [B, k]."""
     squares, k = points.square().sum(1), min(k, len(points))
-    d = lambda z: torch.addmm(squares, z, points.T, alpha=-2)  # |z - point|^2 less |z|^2, [500, n]
-    return in_chunks(lambda z: d(z).topk(k, largest=False).indices, z, size=500)
+
+    def find(z: Tensor) -> Tensor:
+        d = torch.addmm(squares, z, points.T, alpha=-2)  # |z - point|^2 less |z|^2, [500, n]
+        return d.topk(k, largest=False).indices
+
+    return in_chunks(find, z, size=500)
 
 
 class NearestPoint(NamedTuple):
@@ -1051,7 +1056,7 @@ def load_norb(folder: Path) -> list[np.ndarray]:
         with or_bad_input(hint), opened(path, "rb") as file:
             magic, ndim = np.frombuffer(file.read(8), "<i4")
             kind = {0x1E3D4C55: "u1", 0x1E3D4C54: "<i4"}[magic]
-            sizes = np.frombuffer(file.read(4 * max(3, ndim)), "<i4")[:ndim]
+            sizes = np.frombuffer(file.read(4 * max(3, ndim)), "<i4")[:ndim]  # 3 or more are stored
             array = np.frombuffer(file.read(), kind).reshape(sizes)  # C order
             if "dat" in name:  # [n, 2, 96, 96]
                 array = array.reshape(len(array), 2, 1, 32, 3, 32, 3)[:, 0]
@@ -1112,7 +1117,7 @@ def check(source: str | Path, arrays: list[np.ndarray]) -> None:
         if 0 in x.shape or x.shape[1:] != x_train.shape[1:] or x.shape[1] not in (1, 3):
             hint = "give [n, H, W] or [n, H, W, C], C being 1 or 3"
             raise BadInput(f"{source}: the images x_{part} have an unusable shape; {hint}")
-        is_bytes = x.dtype == np.uint8 and x_train.max() > 1  # 1 of 255 would be nearly black
+        is_bytes = x.dtype == np.uint8 and x.max() > 1  # 1 of 255 would be nearly black
         if not is_bytes and not (x.dtype.kind == "f" and 0 <= x.min() and x.max() <= 1):
             hint = "uint8 up to 255, or floats in [0, 1] (also of binary images), none of them NaN"
             raise BadInput(f"{source}: x_{part} must be {hint}")
@@ -1176,27 +1181,30 @@ def unproject(x: Tensor, pca: dict | None) -> Tensor:
     return x if pca is None else (pca["mean"] + (x * pca["sd"]) @ pca["V"].T).clamp(0, 1)
 
 
+def read(dataset: str, data_dir: Path) -> tuple[str, list[np.ndarray]]:
+    """The name of a data set, of a user's file its path, and x_train, y_train, x_test, y_test."""
+    if dataset == "auto":
+        try:
+            return read("mnist", data_dir)
+        except BadInput as error:
+            print(f"ssvae: {error}\nssvae: going on with the built-in glyphs", file=sys.stderr)
+            return read("glyphs", data_dir)
+    if dataset in FILES:
+        return dataset, load_known(dataset, data_dir)
+    if dataset == "glyphs":
+        x, y = glyphs()
+        n = len(x) * 6 // 7  # 60,000 for training, 10,000 for the test
+        return dataset, [x[:n, None], y[:n], x[n:, None], y[n:]]
+    return str(Path(dataset).resolve()), load_npz(Path(dataset))
+
+
 def load_data(dataset: str, data_dir: Path, n_labels, seed: int, device, saved=None) -> Data:
     """Read a data set, split it by the seed and put it on the device.
 
     n_labels None: the data set's default. saved: a model.pt, which must be of the same data; its
     principal components are used, not computed, where the likelihood is Gaussian. Raises BadInput.
     """
-    name = "mnist" if dataset == "auto" else dataset
-    if name in FILES:
-        try:
-            arrays = load_known(name, data_dir)
-        except BadInput as error:
-            if dataset != "auto":
-                raise
-            print(f"ssvae: {error}\nssvae: going on with the built-in glyphs", file=sys.stderr)
-            name = "glyphs"
-    if name == "glyphs":
-        x, y = glyphs()
-        n = len(x) * 6 // 7  # 60,000 for training, 10,000 for the test
-        arrays = [x[:n, None], y[:n], x[n:, None], y[n:]]
-    elif name not in FILES:
-        name, arrays = str(Path(dataset).resolve()), load_npz(Path(dataset))
+    name, arrays = read(dataset, data_dir)
     check(dataset, arrays)
     checksum = 0
     for array in arrays:
@@ -1212,14 +1220,13 @@ def load_data(dataset: str, data_dir: Path, n_labels, seed: int, device, saved=N
     x_train, x_test = (torch.from_numpy(x).flatten(1).to(device) for x in images)
     y_train, y_test = (torch.from_numpy(y.astype(np.int64)) for y in arrays[1::2])
     l, u, v = split(y_train, n_labels or row["labels"], seed)
-    pca = saved["pca"] if saved else None
-    if row["likelihood"] == "gaussian":
-        pca = pca or principal_components(x_train[torch.cat([u, l])])
-        x_train, x_test = project(x_train, pca), project(x_test, pca)
-    tensors = [x_train[l], y_train[l], x_train[u], x_train[v], y_train[v], x_test, y_test]
-    y_dim = int(y_train.max()) + 1
-    likelihood, tensors = row["likelihood"], (a.to(device) for a in tensors)
-    return Data(name, shape, y_dim, likelihood, pca, checksum, *tensors)
+    pca, likelihood, y_dim = None, row["likelihood"], int(y_train.max()) + 1
+    if likelihood == "gaussian":
+        pca = saved["pca"] if saved else principal_components(x_train[torch.cat([u, l])])
+        with or_bad_input(f"the saved model's principal components do not fit {name}"):
+            x_train, x_test = project(x_train, pca), project(x_test, pca)
+    tensors = (x_train[l], y_train[l], x_train[u], x_train[v], y_train[v], x_test, y_test)
+    return Data(name, shape, y_dim, likelihood, pca, checksum, *(a.to(device) for a in tensors))
 
 
 # =================================================================================================
@@ -1363,10 +1370,10 @@ def features(m1: M1, images: Tensor) -> Tensor:
     return in_chunks(lambda x: m1.encode(x)[0], images)
 
 
-def active_dimensions(m1: M1, images: Tensor) -> Tensor:
+def active_dimensions(features: Tensor) -> Tensor:
     """Indices of the z_d whose mean varies over the images: its standard deviation is 0.1 or more,
     as the authors have it, or half the largest one, if that is less."""
-    std = features(m1, images).std(0)
+    std = features.std(0)
     return (std >= min(0.1, std.max() / 2)).nonzero().squeeze(1)
 
 
@@ -1564,7 +1571,8 @@ def load_saved(path: Path, device, finished=True) -> dict:
         saved = torch.load(path, map_location=device, weights_only=True)
         s, kinds = saved["settings"], {"dataset": str, "checksum": int, "labels": int, "seed": int}
         fits = [isinstance(s[name], kind) for name, kind in kinds.items()]
-        if not all(fits) or s["seed"] >> 63 or saved.keys() != set(SAVED):
+        fits += [isinstance(saved["rows"], list), isinstance(saved["seconds"], float)]
+        if not all(fits) or not 0 <= s["seed"] < 2**63 or saved.keys() != set(SAVED):
             raise ValueError("something in it is of another kind")
     if finished and saved["optimizer"] is not None:
         raise BadInput(f"{path} is of an unfinished run; go on with it by --resume first")
@@ -1604,10 +1612,16 @@ class Run:
     def save(self, model: nn.Module, optimizer=None, classifier=None) -> None:
         """Write model.pt and, if anything was trained, log.csv."""
         content, text = io.BytesIO(), io.StringIO()
-        values = [self.settings, model.state_dict(), optimizer and optimizer.state_dict()]
-        values += [classifier and classifier._asdict(), self.pca, self.rows]
-        values += [time.perf_counter() - self.start]
-        torch.save(dict(zip(SAVED, values, strict=True)), content)
+        saved = {
+            "settings": self.settings,
+            "model": model.state_dict(),
+            "optimizer": optimizer and optimizer.state_dict(),
+            "classifier": classifier and classifier._asdict(),
+            "pca": self.pca,
+            "rows": self.rows,
+            "seconds": time.perf_counter() - self.start,
+        }
+        torch.save(saved, content)
         write_file(self.folder / "model.pt", content.getvalue())
         if self.rows:  # --m1 FILE --model m1 trains nothing
             writer = csv.DictWriter(text, self.rows[0].keys(), lineterminator="\n")
@@ -1678,26 +1692,27 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
     # Options without a meaning for what is to be done are refused.
     model = args.model or ("m1+m2" if args.reproduce else "m2")
-    mode = f"--model {model}" + " --m1 FILE" * bool(args.m1 and model != "m2")
-    banned = {"nll", "seeds"} | SETTINGS.keys() - settings_of(model)
-    banned |= {"m1"} if model == "m2" else set()
-    banned |= {"m1_epochs"} if args.m1 or model != "m1+m2" else set()
-    if args.m1 and model == "m1":  # that M1 has its own settings
-        banned |= {"recipe", *SETTINGS} - {"classifier"}
-    if args.load:
-        meant = {"load", "nll", "dataset", "device", "data_dir", "out_dir", "no_images"}
-        mode, banned = "--load", vars(args).keys() - meant
-    elif args.reproduce:  # of all three models: no settings but the epochs
-        mode, banned = "--reproduce", banned - {"seeds"} | {"seed", "resume", "overwrite", "m1"}
-        banned |= set() if args.model else SETTINGS.keys() - {"epochs"}
+    loading = {"load", "nll", "dataset", "device", "data_dir", "out_dir", "no_images"}
+    refused = [  # (if, these options, because they have no meaning)
+        (args.load, vars(args).keys() - loading, "with --load"),
+        (not args.load, {"nll"}, "without --load"),
+        (args.reproduce, {"seed", "resume", "overwrite", "m1"}, "with --reproduce"),
+        (args.reproduce and not args.model, SETTINGS.keys() - {"epochs"}, "without --model"),
+        (not args.reproduce, {"seeds"}, "without --reproduce"),
+        (True, SETTINGS.keys() - settings_of(model), f"with --model {model}"),
+        (model == "m2", {"m1"}, "with --model m2"),
+        (model != "m1+m2", {"m1_epochs"}, f"with --model {model}"),
+        (args.m1, {"m1_epochs"}, "with --m1 FILE"),
+        # That M1 has its own settings.
+        (args.m1 and model == "m1", {"recipe", *SETTINGS} - {"classifier"}, "with --m1 FILE"),
+    ]
     for name, value in vars(args).items():
-        if name in banned and value != parser.get_default(name):
-            needs = {"nll": "--load", "seeds": "--reproduce"}
-            what = f"drop it, or give {needs[name]}" if name in needs else "drop it"
-            raise BadInput(f"--{name.replace('_', '-')} has no meaning with {mode}; {what}")
+        for case, options, why in refused:
+            if case and name in options and value != parser.get_default(name):
+                raise BadInput(f"--{name.replace('_', '-')} has no meaning {why}; drop it")
 
     if args.reproduce:
-        args.labels = args.labels or [100, 600, 1000, 3000]
+        args.labels = list(dict.fromkeys(args.labels or [100, 600, 1000, 3000]))  # each once
     else:
         args.model, args.labels = model, args.labels and args.labels[0]
     return args
@@ -1770,7 +1785,7 @@ def main(argv: list[str] | None = None) -> int:
     except (BadInput, Diverged) as error:
         print(f"ssvae: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:  # on CPUs PyTorch has no class for want of memory
         if "allocate" not in str(error) and not isinstance(error, MemoryError):
             raise
         print(f"ssvae: {one_line(error)}; try a smaller --batch-size", file=sys.stderr)
@@ -1844,7 +1859,7 @@ def choose_settings(args, data: Data, device, saved_m1: dict | None) -> dict:
     table's settings, unless the command line says otherwise. Those of the stack's M1 begin with
     m1_.
 
-    Raises BadInput if --m1 is of another data set or seed.
+    Raises BadInput if --m1 is of another model or seed.
     """
     s = settings_of(args.model, args.recipe, data.name)
     if device.type != "cpu" and "threshold" in s:
@@ -1870,7 +1885,7 @@ def choose_settings(args, data: Data, device, saved_m1: dict | None) -> dict:
         "precision": auto if args.precision == "auto" else args.precision,
         "recipe": m1.get("recipe") if args.m1 and args.model == "m1" else args.recipe,
         "m1": zlib.crc32(args.m1.read_bytes()) if args.m1 else None,
-        "alpha": None,  # M1 has none
+        "alpha": None,  # M1 has none, but results.json always names it
         **s,
     }
     if args.model == "m1+m2":
@@ -1898,6 +1913,9 @@ def train_and_evaluate(args: argparse.Namespace) -> dict:
             print(f"This run is finished, in {folder}; {draw}, --overwrite trains it afresh.")
         return results
 
+    if saved and data.pca:  # computed anew, components may differ, in sign for one
+        data = load_data(args.dataset, args.data_dir, args.labels, args.seed, device, saved)
+
     # Train: M1 where the model has one and none is given, then M1's classifier or M2.
     run = Run(folder, s, saved, data.pca, images=not args.no_images)
     active = saved["model"].get("active") if saved else None  # if known, M1 has been trained
@@ -1906,10 +1924,11 @@ def train_and_evaluate(args: argparse.Namespace) -> dict:
         m1 = assemble(s, data)
         if active is None:
             train(m1, data, stage_1(s), run)
-    images = torch.cat([data.x_l, data.x_u])
-    torch.manual_seed(args.seed)
+    if m1 and active is None:
+        z = features(m1, torch.cat([data.x_l, data.x_u]))
+        active = active_dimensions(z)
+    torch.manual_seed(args.seed)  # what follows is the same whether M1 was trained now or before
     if args.model == "m1":
-        z = features(m1, images)
         if s["classifier"] == "knn":
             votes = F.one_hot(data.y_l, data.y_dim).float()
             m1.classifier = NearestPoint(z[: len(votes)], votes)
@@ -1917,8 +1936,6 @@ def train_and_evaluate(args: argparse.Namespace) -> dict:
             m1.classifier = kernel_machine(z, tsvm(z, data.y_l, data.y_dim))
         model = m1
     else:
-        if m1 and active is None:
-            active = active_dimensions(m1, images)
         model = assemble(s, data, m1, active)
         train(model, data, s, run)
 
@@ -1927,7 +1944,7 @@ def train_and_evaluate(args: argparse.Namespace) -> dict:
         **s,
         "torch": torch.__version__,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "active": len(active_dimensions(m1, images)) if m1 else None,
+        "active": None if active is None else len(active),
         "images_per_second": run.rows[-1]["images_per_second"] if run.rows else None,
         **evaluate(model, data),
         "seconds": time.perf_counter() - run.start,
@@ -1951,29 +1968,31 @@ def reproduce(args: argparse.Namespace) -> None:
         args.dataset = load_data(args.dataset, args.data_dir, N, 0, "cpu").name
     name = f"reproduce-{Path(args.dataset).name}" + "-paper" * (args.recipe == "paper")
     folder = args.out_dir or Path("runs") / name
-    models = [args.model] if args.model else MODELS
+    models = [args.model] if args.model else list(MODELS)
 
     def go(out_dir, model, N, seed, m1=None, **own):  # a run, unless it is finished
         own |= {"out_dir": out_dir, "model": model, "labels": N, "seed": seed, "m1": m1}
         return train_and_evaluate(argparse.Namespace(**vars(args) | own | {"resume": True}))
 
-    cells = [(s, N, model) for s in range(args.seeds) for N in args.labels for model in models]
-    runs, start, ran = [], time.perf_counter(), 0
-    for seed, N, model in cells:
-        m1 = None if model == "m2" else folder / f"shared-m1-{seed}" / "model.pt"
-        if m1 and N == args.labels[0]:
+    total, runs, seconds = args.seeds * len(args.labels) * len(models), [], 0.0
+    for seed in range(args.seeds):
+        shared = folder / f"shared-m1-{seed}" / "model.pt"
+        if models != ["m2"]:
             # Train the shared M1 or, if that is done, see that it is what is asked; the number of
             # labels, of which it uses none, may be another.
-            begun = m1.exists() and load_saved(m1, "cpu", finished=False)
-            n_labels = begun["settings"]["labels"] if begun else N
+            begun = shared.exists() and load_saved(shared, "cpu", finished=False)
+            N = begun["settings"]["labels"] if begun else args.labels[0]
             own = {} if args.model == "m1" else dict.fromkeys(SETTINGS) | {"epochs": args.m1_epochs}
-            go(m1.parent, "m1", n_labels, seed, **own)
-        out = folder / f"{model}-{N}-{seed}"
-        ran += not (out / "results.json").exists()
-        runs.append(go(out, model, N, seed, m1))
-        table, done = write_table(folder, runs), len(runs)
-        left = (time.perf_counter() - start) / max(ran, 1) * (len(cells) - done) / 60
-        print(f"{done} of {len(cells)} runs done, about {left:.0f} minutes left\n", flush=True)
+            seconds += go(shared.parent, "m1", N, seed, **own)["seconds"]
+        for N, model in itertools.product(args.labels, models):
+            out = folder / f"{model}-{N}-{seed}"
+            new = not (out / "results.json").exists()
+            runs.append(go(out, model, N, seed, None if model == "m2" else shared))
+            seconds, done = seconds + runs[-1]["seconds"], len(runs)
+            if new or done == total:  # else a refused command would cut a finished table short
+                table = write_table(folder, runs)
+            left = seconds / done * (total - done) / 60
+            print(f"{done} of {total} runs done, about {left:.0f} minutes left\n", flush=True)
     print(f"\n{table}\nWritten to {folder}/")
 
 

@@ -681,7 +681,7 @@ def test_active_dimensions():
     W = torch.cat([torch.diag(torch.tensor([1, 0.2, 0.05])), 5 * torch.ones(3, 3)])
     for scale, active in ((1, [0, 1]), (0.01, [0])):
         m1.q_z[0].weight.data.copy_(scale * W)
-        assert ssvae.active_dimensions(m1, x).tolist() == active
+        assert ssvae.active_dimensions(ssvae.features(m1, x)).tolist() == active
 
 
 def test_glyphs_are_reproducible_and_not_solved_by_100_labels():
@@ -716,6 +716,12 @@ def test_npz_formats(tmp_path, small):
         assert np.allclose(data.x_test[0].numpy(), first, atol=1e-5)
         run("--dataset", path, "--labels", 6, "--epochs", 1, "--out-dir", tmp_path / likelihood,
             "--overwrite")  # fmt: skip
+    as_bytes = (255 * x).round().astype(np.uint8)  # may be mixed
+    for mixed in (x, as_bytes), (as_bytes, x):
+        np.savez(path, x_train=mixed[0], y_train=y, x_test=mixed[1], y_test=y)
+        data = ssvae.load_data(str(path), tmp_path, 6, 0, "cpu")
+        found = ssvae.unproject(data.x_test, data.pca).view(60, 3, 5, 4).permute(0, 2, 3, 1)
+        assert (found - torch.from_numpy(x)).square().mean() < 0.005
 
 
 def test_damaged_npz_files_are_not_read_silently(small, tmp_path):
@@ -1475,6 +1481,7 @@ def test_altered_models_are_refused(small, tmp_path, capsys):
         "m1": [("settings", "text"), ("settings", {}), ("classifier", None), ("model", {}),
                ("classifier", {"points": torch.ones(3, 4), "votes": torch.ones(3, 10), "k": 1}),
                ("labels", "six"), ("seed", "x"), ("seed", 2**70), ("checksum", 3),
+               ("rows", 7), ("seconds", "x"),
                ("model name", "m3"), ("model name", "m2"), ("hidden", "wide"), ("z_dim", 10**9)],
         "m1+m2": [("active", torch.tensor([99])), ("active", torch.tensor([0.5])), ("active", 3)],
     }  # fmt: skip
@@ -1497,6 +1504,31 @@ def test_altered_models_are_refused(small, tmp_path, capsys):
                 run(*line, code=2)
                 assert capsys.readouterr().err.count("\n") == 1, (key, value)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_resumed_run_keeps_its_principal_components(tmp_path, monkeypatch):
+    """Though computing them again may give other signs. Altered ones: code 2."""
+    x, y = np.random.default_rng(0).random((60, 4, 4, 3)), np.arange(60) % 3
+    np.savez(tmp_path / "own.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    line = ("--dataset", tmp_path / "own.npz", "--labels", 6, "--epochs", 2, "--no-images")
+    run(*line, "--out-dir", tmp_path / "whole")
+    end_epoch, compute = ssvae.Run.end_epoch, ssvae.principal_components
+
+    def interrupted(*args):
+        end_epoch(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ssvae.Run, "end_epoch", interrupted)
+    run(*line, "--out-dir", tmp_path / "part", code=130)
+    monkeypatch.setattr(ssvae.Run, "end_epoch", end_epoch)
+    flipped = lambda images: {name: -a if name == "V" else a for name, a in compute(images).items()}
+    monkeypatch.setattr(ssvae, "principal_components", flipped)
+    run(*line, "--out-dir", tmp_path / "part", "--resume")
+    assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "part"))
+    saved = torch.load(tmp_path / "part" / "model.pt", weights_only=True)
+    for wrong in (7, None, {}, {"mean": torch.zeros(3)}):
+        torch.save(saved | {"pca": wrong}, tmp_path / "bad.pt")
+        run("--load", tmp_path / "bad.pt", code=2)
 
 
 def test_an_m1_keeps_its_settings_and_is_not_lost(small, tmp_path, capsys):
@@ -1601,8 +1633,16 @@ def test_reproduce_continues_and_makes_the_table(small, tmp_path, capsys, monkey
     assert trained.count("M1") == 2 and len(trained) == 2 + 4 + 4 + 1 + 1 + 4
     results = json.loads((tmp_path / "table.json").read_text())
     assert sorted(r["labels"] for r in results) == [30] * 6 + [50] * 6  # what was asked
-    line[i + 1] = 2
-    run(*line, code=2)
+    finished = (tmp_path / "table.json").read_text()
+    for option in ("--epochs", "--m1-epochs"):
+        other = list(line)
+        other[line.index(option) + 1] = 2
+        capsys.readouterr()
+        run(*other, code=2)
+        assert "--overwrite" not in capsys.readouterr().err  # which --reproduce would refuse
+        assert (tmp_path / "table.json").read_text() == finished
+    run(*line)
+    assert (tmp_path / "table.json").read_text() == finished
 
 
 @pytest.mark.parametrize(
@@ -1689,6 +1729,18 @@ def test_short_run_on_real_images(tmp_path, dataset, most):
     """M2 with 100 labels, a few epochs: less than this error, in %, on the test set."""
     run("--dataset", dataset, "--epochs", 8, "--out-dir", tmp_path, "--no-images")
     assert outcome(tmp_path)[1]["test_error"] < most
+
+
+def test_readme_python_runs(small, tmp_path, monkeypatch, capsys):
+    """README's lines for a trained model, with another path: distributions over classes, bounds."""
+    out = tmp_path / "runs" / "m2-mnist-100-0"
+    run(*quick("m2"), "--dataset", small, "--out-dir", out, "--no-images")
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    exec((HERE / "README.md").read_text().split("```python\n")[1].split("```")[0], namespace)  # noqa: S102
+    q, bound = namespace["model"].classify(namespace["x"]).exp(), namespace["model"].bound
+    torch.testing.assert_close(q.sum(1), torch.ones(5))
+    assert bound(namespace["x"]).shape == (5,) and "tensor" in capsys.readouterr().out
 
 
 def test_classes_can_be_pasted_elsewhere():
