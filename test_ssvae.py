@@ -1737,7 +1737,8 @@ def test_readme_python_runs(small, tmp_path, monkeypatch, capsys):
     run(*quick("m2"), "--dataset", small, "--out-dir", out, "--no-images")
     monkeypatch.chdir(tmp_path)
     namespace = {}
-    exec((HERE / "README.md").read_text().split("```python\n")[1].split("```")[0], namespace)  # noqa: S102
+    lines = (HERE / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(lines, namespace)  # noqa: S102
     q, bound = namespace["model"].classify(namespace["x"]).exp(), namespace["model"].bound
     torch.testing.assert_close(q.sum(1), torch.ones(5))
     assert bound(namespace["x"]).shape == (5,) and "tensor" in capsys.readouterr().out
