@@ -1284,6 +1284,9 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run") -> None:
     bf16 = run.settings["precision"] == "bfloat16"
     stage = "m1" if isinstance(model, M1) else run.settings["model"]
     first = run.resume(stage, model, optimizer)
+    few = " (few: a smaller --batch-size makes more)" if steps * s["epochs"] < 500 else ""
+    size = f"{N:,} labelled, {M:,} unlabelled images, {s['epochs']} epochs of {steps} steps{few}"
+    print(f"{stage}: {size}, {device.type}, {run.settings['precision']}", flush=True)
     if isinstance(model, M1M2):  # its M1 is frozen, so it encodes every image once
         model.eval()
         x_l, x_u, draw = in_chunks(model.encode, x_l), in_chunks(model.encode, x_u), lambda x: x

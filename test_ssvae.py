@@ -1411,7 +1411,9 @@ def test_command_good_and_bad(small, tmp_path):
     args = ("--dataset", own, "--out-dir", tmp_path / "run")
     good = command(*quick("m1+m2"), *args, env=ascii_only)
     assert good.returncode == 0, good.stderr
-    assert "test error" in good.stdout.splitlines()[-2] and good.stdout.count("epoch") == 4
+    lines = good.stdout.splitlines()
+    assert "test error" in lines[-2] and good.stdout.count(" epoch ") == 4
+    assert lines[0].startswith("m1: 0 labelled, 2,500 unlabelled images, 2 epochs of 5 steps (few")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
         "analogies.png", "curves.png", "log.csv", "mistakes.png", "model.pt",
         "reconstructions.png", "results.json", "samples.png"]  # fmt: skip
