@@ -650,7 +650,7 @@ class M2(nn.Module):
         steps).
         (6) On MNIST's pixels z has few dimensions, so that y, not z, has to carry the class. (With
         5, 10 and 50 dimensions, without roughness, seed 0 alone: validation error 6.6, 4.1 and
-        6.0 % after 40 epochs; with it, README's table shows little difference.)
+        6.0 % after 40 epochs; with it, 10 show no gain over 50 after ten: README.)
         Within L and U, unlike in M1, z's KL never fades in. That would keep all 10 dimensions in
         use, not 7 to 10 depending on the seed, and give a better bound, but no better q(y|x).
         """
