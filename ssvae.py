@@ -174,8 +174,8 @@ def log_bernoulli(x: Tensor, logits: Tensor) -> Tensor:
         log p(x) = sum_d  x_d log p_d + (1 - x_d) log(1 - p_d),
     the negative of the binary cross-entropy. With p / (1 - p) = exp(l) it is
         log p(x) = sum_d  x_d l_d + log(1 - p_d)  =  sum_d  x_d l_d - log(1 + exp(l_d)).
-    Summed over pixels, not averaged: pixels are D pieces of evidence about one z, and averaging
-    would make the KL of the bounds D times too heavy beside it.
+    Summed over pixels, not averaged: pixels are D pieces of evidence about one z, and beside
+    their mean the KL of the bounds would be D times too heavy.
     """
     # The gradient with respect to l is x - p. Given logits, nothing overflows.
     return -F.binary_cross_entropy_with_logits(logits.float(), x, reduction="none").sum(-1)
@@ -1448,7 +1448,7 @@ def curves(rows: list[dict]):
     titles = {"bound": "bound on log p(x), nats", "valid_error": "validation error, %"}
     stages = dict.fromkeys(row["stage"] for row in rows)  # m1 and m1+m2, or one
     stages = [[row for row in rows if row["stage"] == stage] for stage in stages]
-    rows = [row for part in stages for row in part[len(part) // 10 :]]  # the first would dwarf them
+    rows = [row for part in stages for row in part[len(part) // 10 :]]  # the rest, on its own scale
     for left, (key, title) in zip((80, 570), titles.items()):
         values = [row[key] for row in rows]
         low, span = min(values), (max(values) - min(values)) or 1.0
@@ -1851,9 +1851,10 @@ def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, d
             # The file of the data may have moved: its checksum tells.
             if key != "dataset" and begun.get(key) != value:
                 other = f"with {key} {begun.get(key)}, not {value}"
-                other = f"{folder} holds a run {'on other data' if key == 'checksum' else other}"
-                instead = "remove it" if args.reproduce else "--overwrite"
-                raise BadInput(f"{other}; give the same, another --out-dir or {instead}")
+                other = "on other data" if key == "checksum" else other
+                or_else = "or remove it" if args.reproduce else "or --overwrite"
+                hint = f"give the same, another --out-dir, {or_else}"
+                raise BadInput(f"{folder} holds a run {other}; {hint}")
         if results:
             summary(results)  # raises if a key is missing
     if saved and not args.resume:
@@ -1920,7 +1921,7 @@ def train_and_evaluate(args: argparse.Namespace) -> dict:
             print(f"This run is finished, in {folder}; {draw}, --overwrite trains it afresh.")
         return results
 
-    if saved and data.pca:  # computed anew, components may differ, in sign for one
+    if saved and data.pca:  # computed anew, they may differ, in sign for example
         data = load_data(args.dataset, args.data_dir, args.labels, args.seed, device, saved)
 
     # Train: M1 where the model has one and none is given, then M1's classifier or M2.
