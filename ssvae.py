@@ -1119,19 +1119,18 @@ def check(source: str | Path, arrays: list[np.ndarray]) -> None:
     x_train, y_train, x_test, y_test = arrays
     for x, y, part in ((x_train, y_train, "train"), (x_test, y_test, "test")):
         if 0 in x.shape or x.shape[1:] != x_train.shape[1:] or x.shape[1] not in (1, 3):
-            hint = "give [n, H, W] or [n, H, W, C], C being 1 or 3"
-            raise BadInput(f"{source}: the images x_{part} have an unusable shape; {hint}")
+            raise BadInput(f"{source}: x_{part} must be [n, H, W] or [n, H, W, C], C being 1 or 3")
         is_bytes = x.dtype == np.uint8 and x.max() > 1  # 1 of 255 would be nearly black
         if not is_bytes and not (x.dtype.kind == "f" and 0 <= x.min() and x.max() <= 1):
             hint = "uint8 up to 255, or floats in [0, 1] (also of binary images), none of them NaN"
             raise BadInput(f"{source}: x_{part} must be {hint}")
-        lowest = -1 if part == "train" else 0
-        if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < lowest:
-            hint = "0..K-1, or -1 in y_train for no label"
-            raise BadInput(f"{source}: y_{part} must be {len(x)} integers, one an image: {hint}")
-    y_dim, y = int(y_train.max()) + 1, y_train[y_train != -1]
-    if y_dim < 2 or y_test.max() >= y_dim or len(np.unique(y)) != y_dim or len(y) < 6:
-        raise BadInput(f"{source}: give 6 or more labels 0..K-1, K >= 2, each of them in y_train")
+        if y.shape != x.shape[:1] or y.dtype.kind not in "iu":
+            raise BadInput(f"{source}: y_{part} must be {len(x)} integers, one an image")
+    y = y_train[y_train != -1]
+    K, given = len(np.unique(y)), np.append(y, y_test)
+    if K < 2 or len(y) < 6 or given.min() < 0 or given.max() >= K:
+        hint = "give 6 or more labels 0..K-1, K >= 2, each of them in y_train (there -1: no label)"
+        raise BadInput(f"{source}: {hint}")
 
 
 def split(y: Tensor, n_labels: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
