@@ -641,7 +641,8 @@ class M2(nn.Module):
         U soon outweighs L's, N / (N + M), 0.002 for 100 of 50,000, and Adam's steps hardly depend
         on the gradient's scale.) Once the weight is 1, minus the loss is a lower bound, as -J^alpha
         is (but see BatchNorm), since all else that is added is >= 0. self.bound is always eq. 7's.
-        (2) Dropout keeps q(y|x) from fitting the labels too closely.
+        (2) Dropout keeps q(y|x) from fitting the labels too closely. (With (5), it shows no gain:
+        README.)
         (3) An alpha above the paper's keeps the labels from being outvoted by the many guesses.
         (4) No class may swallow another: balance times imbalance (of x_u) is added in full from the
         start, because classes are swallowed early.
@@ -650,7 +651,7 @@ class M2(nn.Module):
         steps).
         (6) On MNIST's pixels z has few dimensions, so that y, not z, has to carry the class. (With
         5, 10 and 50 dimensions, without roughness, seed 0 alone: validation error 6.6, 4.1 and
-        6.0 % after 40 epochs; with it, 10 show no gain over 50 after ten: README.)
+        6.0 % after 40 epochs; with it, 10 show no gain over 50: README.)
         Within L and U, unlike in M1, z's KL never fades in. That would keep all 10 dimensions in
         use, not 7 to 10 depending on the seed, and give a better bound, but no better q(y|x).
         """
