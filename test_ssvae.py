@@ -1570,9 +1570,9 @@ def test_a_full_disk_ends_the_run_with_one_line(small, tmp_path):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_killed_at_random_moments_and_resumed(small, tmp_path, model):
-    """SIGKILL, SSVAE_KILLS times (2), each about within an epoch of a checkpoint: the same
+    """SIGKILL, SSVAE_KILLS times (1), each about within an epoch of a checkpoint: the same
     weights, results and log as without."""
-    kills = int(os.environ.get("SSVAE_KILLS", "2"))
+    kills = int(os.environ.get("SSVAE_KILLS", "1"))
     args = ("--model", model, "--dataset", small, "--epochs", 3 + 3 * kills, "--batch-size", 100)
     args += ("--device", "cpu")  # see QUICK
     args += {"m1": ("--classifier", "knn"), "m2": (), "m1+m2": ("--m1-epochs", 2)}[model]
