@@ -87,15 +87,18 @@ from torch import Tensor, nn
 # is what the paper and its authors' code publish for MNIST with N = 100 (for more labels twice as
 # many minibatches: --batch-size 250). Where they differ, it follows the paper (the code's M1:
 # layers of 500, minibatches of 1000, the prior of the weights; its stack for N = 100: one layer of
-# 300). "tsvm" is ours in both (6 CLASSIFIERS). The stack (M1+M2) trains its M1 by the column m1,
-# its M2 by the column m1+m2. Every row is also an option: --batch-size 200, say. At a first
-# reading, skim it: the rows are explained where they are used.
+# 300). Ours in both are "tsvm" (6 CLASSIFIERS), M1's initial weights (PyTorch's; the code's have
+# 3^(1/2) times their standard deviation, 0 for log sigma^2) and labelled images drawn afresh for
+# every minibatch (the code goes through them in turn). The stack (M1+M2) trains its M1 by the
+# column m1, its M2 by the column m1+m2. Every row is also an option: --batch-size 200, say. At a
+# first reading, skim it: the rows are explained where they are used.
 
 MODELS = ("m1", "m2", "m1+m2")
 # fmt: off
 SETTINGS = {
     # name: (fast: m1, m2, m1+m2), (paper: the same), (lowest[, highest]) or the choices, meaning
-    "epochs": ((50, 40, 45), (3000, 3000, 3000), (1,), "passes over the unlabelled images"),
+    "epochs": ((50, 40, 45), (3000, 3000, 3000), (1,),
+               "passes over the unlabelled images (M1: all images)"),
     "batch_size": ((500, 500, 500), (500, 500, 500), (1,), "unlabelled images in a minibatch"),
     "batch_labelled": ((None, 100, 100), (None, 0, 0), (0,),
                        "labelled images beside them; 0: batch_size times N/M, at least 1"),
@@ -137,7 +140,7 @@ SETTINGS = {
 
 
 def settings_of(model: str, recipe: str = "fast", dataset: str = "mnist") -> dict:
-    """The settings of a model: a column of the table and, if fast, what DATASETS has instead."""
+    """The settings of a model: a column of the table and, if fast, what DATASETS overrides."""
     column = {name: row[recipe == "paper"][MODELS.index(model)] for name, row in SETTINGS.items()}
     own = DATASETS.get(dataset, {}).get(model, {}) if recipe == "fast" else {}
     return {name: value for name, value in column.items() if value is not None} | own
@@ -175,7 +178,7 @@ def log_bernoulli(x: Tensor, logits: Tensor) -> Tensor:
     the negative of the binary cross-entropy. With p / (1 - p) = exp(l) it is
         log p(x) = sum_d  x_d l_d + log(1 - p_d)  =  sum_d  x_d l_d - log(1 + exp(l_d)).
     Summed over pixels, not averaged: pixels are D pieces of evidence about one z, and beside
-    their mean the KL of the bounds would be D times too heavy.
+    their mean the KL of the bounds would weigh D times too much.
     """
     # The gradient with respect to l is x - p. Given logits, nothing overflows.
     return -F.binary_cross_entropy_with_logits(logits.float(), x, reduction="none").sum(-1)
@@ -240,8 +243,8 @@ def fade_in(done: float, ramp: float) -> float:
 # shades and colours once neighbouring pixels, far from independent, are rotated to principal
 # components (7 DATA). Its bounds are on densities: not comparable with those of binary images.
 LIKELIHOODS = {
-    "bernoulli": (1, log_bernoulli, torch.sigmoid),  # one logit a pixel
-    "gaussian": (2, log_gaussian, lambda mu, logvar: mu),  # a mean and a log-variance a dimension
+    "bernoulli": (1, log_bernoulli, torch.sigmoid),  # one logit per pixel
+    "gaussian": (2, log_gaussian, lambda mu, logvar: mu),  # a mean, a log-variance per dimension
 }
 
 
@@ -310,7 +313,7 @@ def mlp(inputs, *sizes, batch_norm="all", activation="relu", dropout=0.0, init_s
 # =================================================================================================
 #
 # p(z) = N(0, I),   p(x|z) = f(x; z, theta),   q(z|x) = N(mu(x), diag sigma^2(x))         (eq. 1, 3)
-# (f: a density of LIKELIHOODS; a network with the weights theta puts out its parameters, given z)
+# (f: a density of LIKELIHOODS; a network with the weights theta computes its parameters from z)
 #
 # The bound. log p(x) is the log of an integral over z. Multiply and divide by a density q(z|x) > 0:
 #     log p(x) = log integral p(x|z) p(z) dz = log E_q(z|x)[ p(x|z) p(z) / q(z|x) ]
@@ -319,7 +322,7 @@ def mlp(inputs, *sizes, batch_norm="all", activation="relu", dropout=0.0, init_s
 # How much do we lose? In the line with Jensen's inequality, replace p(x|z) p(z) by p(z|x) p(x);
 # log p(x), free of z, comes out of E_q:
 #     -J(x) = log p(x) - KL( q(z|x) || p(z|x) ),
-# so lowering J raises log p(x), or draws q(z|x) to the true posterior, or both: fitting the model
+# so lowering J raises log p(x), or pulls q(z|x) to the true posterior, or both: fitting the model
 # and doing inference are one minimisation. The first term of -J rewards a z from which the decoder
 # can recover x; the KL is the price, in nats, of what z says about x (averaged over x, it is the
 # mutual information of x and z under q, plus KL( average q(z|x) || p(z) )). Without the first term
@@ -451,7 +454,7 @@ class M1(nn.Module):
 # which it gives less than a threshold, and renormalise what is left to q~(y|x): U with q~ in place
 # of q is again minus a lower bound on log p(x); the closer q~ is to r, the tighter (formula above).
 # (Without renormalising, the weights sum to less than 1, and the result need not be a bound.)
-# The gain: only the classes kept need an L(x,y), little more than one an image once q(y|x) is sure
+# The gain: only the classes kept need an L(x,y), hardly more than one per image once q(y|x) is sure
 # of most images. At threshold 0 it is U itself. The risk: a class cut for x has no gradient from
 # this image's U. It comes back only if the loss's other terms or other images raise its logit, or
 # the logits of the kept classes fall.
@@ -543,6 +546,18 @@ class M2(nn.Module):
         terms = q * (self.L(x, y, i) + log_q)  # q~(y|x) [ L(x,y) + log q~(y|x) ]
         return torch.zeros(B, device=x.device).index_add(0, i, terms)  # sum over y
 
+    def L_and_U(self, x_l, y_l, x_u, log_q_u) -> tuple[Tensor, Tensor]:
+        """self.L(x_l, y_l), [n_l], and self.U(x_u, log_q_u, self.threshold), [n_u], in one call
+        and with one set of batch statistics.
+
+        For eq. 6 is eq. 7 with a q that is certain of the label: log q = 0 there, -1e4 elsewhere
+        (for log 0). (At threshold 0 this also computes the labelled images' L for the other
+        classes: only BatchNorm notices.)
+        """
+        certain = 1e4 * (F.one_hot(y_l, self.y_dim) - 1)
+        x, log_q = torch.cat([x_l, x_u]), torch.cat([certain, log_q_u])
+        return self.U(x, log_q, self.threshold).split([len(x_l), len(x_u)])
+
     def J_alpha(self, x_l, y_l, x_u, share_l, alpha, weight_u=1.0, log_q=None) -> Tensor:
         """Eq. 8 and 9 per image of the whole set, estimated from a minibatch: a scalar, nats.
 
@@ -555,16 +570,10 @@ class M2(nn.Module):
         multiplies U (see objective). log_q = log q(y|x) of x_l, then x_u, [n_l + n_u, K], if it is
         known already.
         """
-        n_l, x = len(x_l), torch.cat([x_l, x_u])
+        n_l = len(x_l)
         if log_q is None:
-            log_q = self.log_q_y(x)
-        # The next two lines compute, in one go and with one set of batch statistics,
-        #     L = self.L(x_l, y_l);  U = self.U(x_u, log_q[n_l:], self.threshold)
-        # for eq. 6 is eq. 7 with a q that is certain of the label: log q = 0 there, -1e4 elsewhere
-        # (for log 0). (At threshold 0 they also compute the labelled images' L for the other
-        # classes: only BatchNorm notices.)
-        certain = 1e4 * (F.one_hot(y_l, self.y_dim) - 1)
-        L, U = self.U(x, torch.cat([certain, log_q[n_l:]]), self.threshold).split([n_l, len(x_u)])
+            log_q = self.log_q_y(torch.cat([x_l, x_u]))
+        L, U = self.L_and_U(x_l, y_l, x_u, log_q[n_l:])
         loss = share_l * L.mean() + alpha * F.nll_loss(log_q[:n_l], y_l)
         if len(x_u):
             loss = loss + (1 - share_l) * weight_u * U.mean()
@@ -576,9 +585,9 @@ class M2(nn.Module):
 
         Averaged over x from the model, p(y|x) is p(y). U does not ask this of q: a confident q(y|x)
         pays -log p(y) = log K whichever class it names, even if it is always the same one. The
-        imbalance does: an empty class costs without limit. Over many images it is 0 for a correct
-        q(y|x) if classes are as frequent as p(y) says (and for q(y|x) = 1/K, which the labels rule
-        out).
+        imbalance does: an empty class costs without limit. As B grows it tends to 0 for a correct
+        q(y|x) if classes are as frequent as p(y) says (and is 0 for q(y|x) = 1/K, which the labels
+        rule out).
         """
         # With p(y) = 1/K: KL = sum_y 1/K [ log 1/K - log m_y ], m_y the mean of q(y|x), to second
         # order sum_y (m_y - 1/K)^2 K/2. A minibatch has class counts of its own: for a q(y|x) that
@@ -595,18 +604,18 @@ class M2(nn.Module):
         Miyato et al. 2015, arXiv 1507.00677). Here x is what the classifier sees (in the stack,
         M1's features).
 
-        Small at x, where q(y|x) is sure, it means that probably no boundary between classes is that
-        near x; small at all x, that the boundaries are where there are few images. Which delta is
-        the worst? If both q are the same function, the KL is smallest, 0, at delta = 0. So for
-        small delta it is about 1/2 delta^T A delta (A: its second derivatives at 0), largest along
-        the eigenvector of A with the largest eigenvalue. A step of the power method turns a random
-        delta roughly there: it multiplies it by A, and for small delta, A delta is the gradient of
-        the KL at delta. (Only an estimate: our delta is not small, as a tiny one would drown in
-        bfloat16's rounding, and with batch normalisation each q also depends on the other images'
-        delta.) The first q(y|x) is held constant: q(y|x+delta) is to move to it, not the other way
-        round. With dropout the two are not the same function: the KL is above 0 even at delta = 0
-        and the direction rougher, and it then also teaches q(y|x) to depend less on the dropout
-        mask.
+        If it is small at an x where q(y|x) is sure, then probably no boundary between classes is
+        that near x; if it is small at all images, the boundaries are where images are few. Which
+        delta is the worst? If both q are the same function, the KL is smallest, 0, at delta = 0. So
+        for small delta it is about 1/2 delta^T A delta (A: its second derivatives at 0), largest
+        along the eigenvector of A with the largest eigenvalue. A step of the power method turns a
+        random delta roughly there: it multiplies it by A, and for small delta, A delta is the
+        gradient of the KL at delta. (Only an estimate: our delta is not small, as a tiny one would
+        drown in bfloat16's rounding, and with batch normalisation each q also depends on the other
+        images' delta.) The first q(y|x) is held constant: q(y|x+delta) is to move to it, not the
+        other way round. With dropout the two are not the same function: the KL is above 0 even at
+        delta = 0 and the direction rougher, and it then also teaches q(y|x) to depend less on the
+        dropout mask.
         """
         log_q = log_q.detach()
         # Batch normalisation would put x + delta into the running statistics, by which images are
@@ -633,8 +642,8 @@ class M2(nn.Module):
         The failure to avoid: q(y|x) soon fits the few labels and is certain everywhere, right or
         wrong. Eq. 7 weights L(x,y) by q(y|x), so the generative model then learns the wrong class,
         and teaches it back. The fast recipe has six remedies that the paper lacks, of which the
-        stack needs no (2) and (6) (what they are worth: COMMON MISTAKES, after 9 EVALUATION, and
-        README).
+        stack does without (2) and (6) (what they are worth: COMMON MISTAKES, after 9 EVALUATION,
+        and README).
         (1) U fades in: over the first s["ramp"] of training weight_u goes from 0 to 1, so q(y|x)
         learns from the labels before it learns from a generative model that knows nothing yet. (The
         generative model itself learns from U almost at once: in its gradient even a small weight of
@@ -652,7 +661,7 @@ class M2(nn.Module):
         (6) On MNIST's pixels z has few dimensions, so that y, not z, has to carry the class. (With
         5, 10 and 50 dimensions, without roughness, seed 0 alone: validation error 6.6, 4.1 and
         6.0 % after 40 epochs; with it, 10 show no gain over 50: README.)
-        Within L and U, unlike in M1, z's KL never fades in. That would keep all 10 dimensions in
+        Within L and U, unlike in M1, z's KL never fades in. A ramp would keep all 10 dimensions in
         use, not 7 to 10 depending on the seed, and give a better bound, but no better q(y|x).
         """
         seen = torch.cat([x_l, x_u]) if seen is None else seen
@@ -725,7 +734,7 @@ class M2(nn.Module):
 #     which should give the tighter bound.
 #   The classifier q(y|.) is given a mean, without noise: that of q(z1|g) in training and when it
 #     classifies, that of q(z1|x) where the bound is evaluated. Its answer cannot depend on the draw
-#     z1, so the bound is looser than with the best q(y|z1). In the paper's recipe, as in the
+#     z1, so the bound is no tighter than with the best q(y|z1). In the paper's recipe, as in the
 #     authors' code, it sees z1 in training.
 # What two stages give up: the bound is still a bound, but no longer maximised over all parameters
 # together; q(z1|x) was fitted to another prior and does not learn of the classes.
@@ -867,8 +876,8 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, C=0.3, steps=100, spread=0.3) 
     to d adds g(f_d) - g(f_c), where g(f) = max(0, 1 - f)^2 - max(0, 1 + f)^2 decreases in f, so it
     lowers the hinge if f_d > f_c.
 
-    No step is guaranteed to lower this aim. Unlabelled points start at f = -1, no class. In
-    the first `spread` of the steps labels spread without the last term, f = m, because an early
+    No step is guaranteed to lower this aim. Unlabelled points start at f = -1, no class. In the
+    first `spread` (a fraction) of the steps labels spread without the last term, f = m: an early
     wrong guess would spread too. After that, m + 1 is scaled, class by class, so that every class
     has its share, taken to be 1/K as p(y) has it (wrong for SVHN, used all the same): the mean over
     the points of (m_c + 1) / 2, which is about 1 within class c and 0 elsewhere, becomes 1/K. Every
@@ -898,8 +907,8 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, C=0.3, steps=100, spread=0.3) 
 def kernel_machine(z: Tensor, f: Tensor, R=6000) -> KernelMachine:
     """Kernel ridge regression (a least-squares support vector machine without bias) with a
     Gaussian kernel, fitted to what the TSVM found: the classes of the largest scores f [n, K] at
-    those of the points z [n, Z] that a label reached. It answers for a new z, and, being smooth
-    (|W|^2 below keeps it so), does not copy single mistakes of the neighbours. (Validation error at
+    those of the points z [n, Z] that a label reached. It answers for any new z and, being smooth
+    (|W|^2 below keeps it so), does not copy the neighbours' single mistakes. (Validation error at
     N = 3000, seeds 0, 1, 2: 2.4, 2.3, 2.5 % by the mean score of 7 neighbours, 1.9, 2.0, 2.0 % by
     this machine.)
 
@@ -949,7 +958,7 @@ def one_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def or_bad_input(message: str):
-    """Whatever fails in the block, and libraries raise many kinds, becomes BadInput."""
+    """Any exception in the block (libraries raise many kinds) becomes BadInput."""
     try:
         yield
     except BadInput:
@@ -1004,7 +1013,8 @@ def glyphs(n: int = 70_000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """n digits from Pillow's bundled font, distorted at random: [n, 28, 28] uint8 and labels [n].
 
     Each has its own stroke width, affine map (rotation, scale, shear, shift), smooth elastic warp
-    and pixel noise. 1-nearest-neighbour on 100 labelled images errs on 47 %, on 60,000 on 9 %.
+    and pixel noise. The error of 1-nearest-neighbour is 47 % with 100 labelled images, 9 % with
+    60,000.
     """
     font = ImageFont.load_default(46)
     ink = torch.empty(3, 10, 1, 56, 56)  # [stroke, digit, 1, height, width]
@@ -1126,7 +1136,7 @@ def check(source: str | Path, arrays: list[np.ndarray]) -> None:
             hint = "uint8 up to 255, or floats in [0, 1] (also of binary images), none of them NaN"
             raise BadInput(f"{source}: x_{part} must be {hint}")
         if y.shape != x.shape[:1] or y.dtype.kind not in "iu":
-            raise BadInput(f"{source}: y_{part} must be {len(x)} integers, one an image")
+            raise BadInput(f"{source}: y_{part} must be {len(x)} integers, one per image")
     y = y_train[y_train != -1]
     K, given = len(np.unique(y)), np.append(y, y_test)
     if K < 2 or len(y) < 6 or given.min() < 0 or given.max() >= K:
@@ -1248,7 +1258,7 @@ def bfloat16_is_faster(device: torch.device) -> bool:
 
     It has float32's range with 8 bits of precision: enough for activations, their gradients and the
     copies of the weights that are multiplied. The weights themselves, Adam's moments, log-densities
-    and sums stay float32. Decided by features, not by a timing, so that a run on the same machine
+    and losses stay float32. Decided by features, not by a timing, so that a run on the same machine
     always computes the same.
     """
     if device.type == "cuda":
@@ -1261,7 +1271,8 @@ def bfloat16_is_faster(device: torch.device) -> bool:
 def train(model: nn.Module, data: Data, s: dict, run: "Run") -> None:
     """Minimise model.objective with Adam, by the settings s; one row in the log per epoch.
 
-    Everything stays on the device and, on an accelerator, nothing waits for it inside an epoch.
+    Everything stays on the device and, on an accelerator with threshold 0 (the default there),
+    nothing waits for it inside an epoch.
     """
     x_l, x_u, draw = data.x_l, data.x_u, lambda x: observe(x, data.likelihood)
     if isinstance(model, M1):  # it uses no labels
@@ -1270,7 +1281,7 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run") -> None:
     n_u = min(M, s["batch_size"])  # unlabelled images in a minibatch
     in_proportion = max(1, round(N * n_u / M)) if M else s["batch_size"]
     n_l = min(N, s.get("batch_labelled") or in_proportion)  # labelled images in it
-    # An epoch sees the unlabelled images once (but for the last, fewer than n_u), or goes
+    # An epoch sees the unlabelled images once (but for a rest of fewer than n_u), or goes
     # through them more often if N / n_l steps need it; every minibatch has n_l labelled images
     # drawn afresh, all of them if n_l = N. (M1 has N = 0.)
     steps = max(M // n_u if M else 0, math.ceil(N / n_l) if N else 0)
@@ -1391,7 +1402,7 @@ def active_dimensions(features: Tensor) -> Tensor:
 # read nothing into a few per cent. Some mistakes are settings of the paper, whose recipe gives them
 # 3000 epochs.
 # M2 as it is, --model m2 --epochs 10:                                              13.7, 4.5, 4.4 %
-#   without alpha's term (--alpha 0): labels reach q(y|x) only through p(x|y,z)              66.9 %
+#   without alpha's term (--alpha 0): labels reach q(y|x) only through L's networks          66.9 %
 #   without U (weight 0): L, the labels' loss, balance and roughness are left; the bound is
 #     -293 nats (seed 0)                                                          17.1, 13.2, 14.5 %
 #   without L: its weight is 0.002 here; it is U that teaches the generative model   6.9, 4.0, 5.1 %
@@ -1511,7 +1522,7 @@ def pictures(model: nn.Module, data: Data) -> dict:
             grid = generate(torch.cartesian_prod(p, p)).view(10, 10, K, -1)[:, :, :3]
             add("styles.png", grid.transpose(1, 2).flatten(1, 2), breaks=[10, 20])
 
-    # mistakes.png: wrong test images, those first whose best score leads the second most
+    # mistakes.png: wrong test images, in the order of the best score's lead over the second
     scores = in_chunks(model.classify, data.x_test)
     best, answer = scores.topk(2)
     wrong = (answer[:, 0] != data.y_test).nonzero()[:, 0]
@@ -1563,8 +1574,8 @@ def paper_has(run: dict, sign: str = "") -> str:
 
 
 # What model.pt holds. It is written after every epoch, with all that the next epoch depends on, so
-# that an interrupted run can go on. A finished run's has no optimizer; a finished m1's, a
-# classifier. The rows are those of log.csv; the last tells the stage and the epochs done in it.
+# that an interrupted run can go on. A finished run's has no optimizer; a finished m1's has
+# a classifier. The rows are those of log.csv; the last tells the stage and the epochs done in it.
 SAVED = ("settings", "model", "optimizer", "classifier", "pca", "rows", "seconds")
 
 
@@ -1792,7 +1803,7 @@ def main(argv: list[str] | None = None) -> int:
     except (BadInput, Diverged) as error:
         print(f"ssvae: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
-    except (RuntimeError, MemoryError) as error:  # on CPUs PyTorch has no class for want of memory
+    except (RuntimeError, MemoryError) as error:  # on CPUs PyTorch has no out-of-memory class
         if "allocate" not in str(error) and not isinstance(error, MemoryError):
             raise
         print(f"ssvae: {one_line(error)}; try a smaller --batch-size", file=sys.stderr)
@@ -1834,7 +1845,7 @@ def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, d
     """(results of a finished run, model.pt of an unfinished one) in the folder, None where none.
 
     With --overwrite, removes what a run has written there. Raises BadInput rather than let a run
-    be lost: where its settings are others, or it is unfinished and --resume is not given.
+    be lost: if its settings differ, or it is unfinished and --resume is not given.
     """
     results, saved, begun = None, None, settings
     with or_bad_input(f"cannot use {folder}; give another --out-dir"):
@@ -1969,8 +1980,8 @@ def train_and_evaluate(args: argparse.Namespace) -> dict:
 def reproduce(args: argparse.Namespace) -> None:
     """What main() does with --reproduce: a run for every model, N and seed, and a table of them.
 
-    All runs of a seed share an M1, which sees no labels; settings on the command line are not M1's,
-    unless with --model m1. A finished run is not run again.
+    All runs of a seed share an M1, which sees no labels; settings on the command line do not apply
+    to it, except with --model m1. A finished run is not run again.
     """
     for N in args.labels:  # is it possible? Better to know now than in hours
         args.dataset = load_data(args.dataset, args.data_dir, N, 0, "cpu").name
@@ -2027,5 +2038,5 @@ def write_table(folder: Path, results: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a file's name may have what a console has not
+    sys.stdout.reconfigure(errors="replace")  # for file names a console cannot show
     sys.exit(main())
