@@ -1522,7 +1522,7 @@ def pictures(model: nn.Module, data: Data) -> dict:
             grid = generate(torch.cartesian_prod(p, p)).view(10, 10, K, -1)[:, :, :3]
             add("styles.png", grid.transpose(1, 2).flatten(1, 2), breaks=[10, 20])
 
-    # mistakes.png: wrong test images, in the order of the best score's lead over the second
+    # mistakes.png: wrong test images, by the best score's lead over the second, largest first
     scores = in_chunks(model.classify, data.x_test)
     best, answer = scores.topk(2)
     wrong = (answer[:, 0] != data.y_test).nonzero()[:, 0]
