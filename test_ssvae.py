@@ -172,7 +172,7 @@ def test_M1_objective_weighs_the_KL_alone(fixed_noise):
     q, prior = D.Normal(mu, (logvar / 2).exp()), D.Normal(0.0, torch.ones(4, 2))
     kl = D.kl_divergence(q, prior).sum(1)
     for done, weight in ((0.0, 0.0), (0.05, 0.075), (0.1, 0.15), (0.9, 0.3)):
-        found = m1.objective(None, None, x, 0, done, {"beta": 0.3, "ramp": 0.2})
+        found = m1.objective(None, None, x, 0, ssvae.fade_in(done, 0.2), {"beta": 0.3})
         assert_equal_with_gradients(found, (m1.J(x) - (1 - weight) * kl).mean(), m1)
 
 
@@ -310,21 +310,21 @@ def test_eq8_eq9_J_alpha_against_a_loop_over_points(fixed_noise, threshold):
     assert_equal_with_gradients(m2.J_alpha(x_l, y_l, x_u, 3 / 11, 0.7), oracle[0], m2)
 
 
-def test_objective_is_J_alpha_once_the_ramp_is_over(fixed_noise, monkeypatch):
-    """The ramp changes nothing after s["ramp"]; at the start only labels, balance and roughness
-    count. The balance is torch.distributions' KL from p(y) to the mean of q(y|x), of unlabelled
-    images alone. The roughness counts twice or not at all, by chance."""
+def test_objective_is_J_alpha_and_what_is_added(fixed_noise, monkeypatch):
+    """U counts as much as fade says (a number or, on GPUs, a tensor). The balance is
+    torch.distributions' KL from p(y) to the mean of q(y|x), of unlabelled images alone. The
+    roughness counts twice or not at all, by chance."""
     m2 = small_m2()
     x, y = (torch.rand(7, 6) < 0.5).float(), torch.tensor([0, 1, 2])
     x_l, x_u = x[:3], x[3:]
-    s = {"alpha": 0.7, "ramp": 0.5, "balance": 0.3, "smooth": 0.0}
+    s = {"alpha": 0.7, "balance": 0.3, "smooth": 0.0}
     p, mean_q = D.Categorical(logits=torch.zeros(3)), D.Categorical(m2.q_y(x_u).softmax(-1).mean(0))
     kl = D.kl_divergence(p, mean_q)
     torch.testing.assert_close(m2.imbalance(m2.log_q_y(x_u).repeat(100, 1)), kl)
     balance = 0.3 * 4 / (50 * 3) * kl  # 4 images, 3 classes
-    for t in (0.5, 0.9):
-        oracle = m2.J_alpha(x_l, y, x_u, 0.5, 0.7) + balance
-        assert_equal_with_gradients(m2.objective(x_l, y, x_u, 0.5, t, s), oracle, m2)
+    for fade in (1.0, 0.3, torch.tensor(0.3)):
+        oracle = m2.J_alpha(x_l, y, x_u, 0.5, 0.7) - (1 - fade) * 0.5 * m2.U(x_u).mean() + balance
+        assert_equal_with_gradients(m2.objective(x_l, y, x_u, 0.5, fade, s), oracle, m2)
     start = 0.5 * m2.L(x_l, y).mean() + 0.7 * F.cross_entropy(m2.q_y(x_l), y) + balance
     torch.testing.assert_close(m2.objective(x_l, y, x_u, 0.5, 0.0, s), start)
     rough = lambda seen, log_q, distance: distance * (log_q[:, 0] + seen.sum(1))
@@ -430,7 +430,7 @@ def test_stack_objective_by_hand(fixed_noise, sees):
     """Eq. 8 and 9 with z1 = mu + 0.3 sigma for x and, in q(y|.), the mean or that draw."""
     m1, m2, stack = small_stack()
     x_l, x_u, y = torch.rand(3, 6), torch.rand(4, 6), torch.tensor([0, 1, 2])
-    s = {"alpha": 0.7, "ramp": 0.0, "balance": 0.0, "smooth": 0.0, "classifier_sees": sees}
+    s = {"alpha": 0.7, "balance": 0.0, "smooth": 0.0, "classifier_sees": sees}
     found = stack.objective(stack.encode(x_l), y, stack.encode(x_u), 0.2, 1.0, s)
     means, draws = [], []
     for x in (x_l, x_u):
@@ -455,7 +455,7 @@ def test_losses_and_gradients_stay_finite(fill, size, bf16):
     """All-black and all-white images, tiny minibatches, certain classifiers, both precisions."""
     torch.manual_seed(0)
     x, y = torch.full((size, 20), fill), torch.arange(size) % 2
-    s = {"alpha": 1.0, "beta": 1.0, "ramp": 0.0, "balance": 1.0, "smooth": 1.0}
+    s = {"alpha": 1.0, "beta": 1.0, "balance": 1.0, "smooth": 1.0}
     s["classifier_sees"] = "mean"
     m1, m2 = M1(20, 3, (8,)), M2(20, 2, 3, (8,), threshold=0.01)
     m2.q_y[-1].bias.data = torch.tensor([1e4, -1e4])
@@ -499,7 +499,7 @@ def test_shapes_and_settings_at_random(seed):
     assert (ssvae.kl_gaussian(mu, logvar) > -1e-6).all()
     if likelihood == "bernoulli":  # probabilities: every term of the bound is a cost
         assert (m1.J(x) > 0).all() and (m2.L(x, y) > 0).all()
-    s = {"alpha": 1.0, "beta": 1.0, "ramp": 0.5, "balance": 1.0, "smooth": 2.0 * (seed % 3)}
+    s = {"alpha": 1.0, "beta": 1.0, "balance": 1.0, "smooth": 2.0 * (seed % 3)}
     for model in (m1, m2):
         model.objective(x, y, x, 0.5, float(rng.random()), s).backward()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
@@ -1115,7 +1115,7 @@ def test_training_lowers_the_bound_and_the_error(small, tmp_path, model):
 def test_the_loop_hands_the_right_things_to_the_objective(tmp_path, monkeypatch):
     """An image's first eight pixels are its number, in binary; the others are grey. Every
     unlabelled image once per epoch, in a new order and with new draws; labelled ones with their
-    labels; and N / (N + M), the part done, the step size and the precision of each step."""
+    labels; and N / (N + M), how far U is faded in, the step size and the precision of each step."""
     number = np.arange(120)[:, None] >> np.arange(8) & 1
     x, y = np.full((120, 4, 4), 128, np.uint8), np.arange(120) % 2
     x[:, :2] = 255 * number.reshape(120, 2, 4)
@@ -1136,14 +1136,15 @@ def test_the_loop_hands_the_right_things_to_the_objective(tmp_path, monkeypatch)
     monkeypatch.setattr(torch.optim, "Adam", Adam)
     monkeypatch.setattr(M2, "objective", recorded)
     run("--dataset", tmp_path / "own.npz", "--labels", 40, "--batch-labelled", 8, "--epochs", 2,
-        "--batch-size", 10, "--lr", 0.01, "--lr-decay", 0.5, "--precision", "bfloat16",
-        "--device", "cpu", "--out-dir", tmp_path / "run")  # fmt: skip
+        "--batch-size", 10, "--lr", 0.01, "--lr-decay", 0.5, "--ramp", 0.75,
+        "--precision", "bfloat16", "--device", "cpu", "--out-dir", tmp_path / "run")  # fmt: skip
     assert len(steps) == 12  # 60 unlabelled images, 10 at a time, twice
     index = lambda x: (x[:, :8] @ 2.0 ** torch.arange(8)).long()
     labelled = set()
-    for k, (x_l, y_l, x_u, share_l, done, _, lr) in enumerate(steps):
+    for k, (x_l, y_l, x_u, share_l, fade, _, lr) in enumerate(steps):
         assert (len(x_l), len(x_u), share_l) == (8, 10, 0.4)
-        assert done == pytest.approx(k / 12) and lr == pytest.approx(0.01 * (1 - 0.5 * k / 12))
+        assert fade == pytest.approx(min(1, k / 9))
+        assert lr == pytest.approx(0.01 * (1 - 0.5 * k / 12))
         assert torch.equal(y_l, index(x_l) % 2)
         labelled |= set(index(x_l).tolist())
     assert 20 < len(labelled) <= 40  # drawn afresh at every step
@@ -1179,6 +1180,22 @@ def test_same_seed_same_result_and_resume_changes_nothing(small, tmp_path, model
     run(*args, tmp_path / "c", "--resume", "--lr", 0.1, code=2)  # contradicts the first call
     run(*args, tmp_path / "c", "--resume")
     assert_same(outcome(tmp_path / "a"), outcome(tmp_path / "c"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+@pytest.mark.parametrize("model", MODELS)
+def test_a_recorded_step_does_what_the_step_does(small, tmp_path, monkeypatch, model):
+    """The first epoch by a CUDA graph and without one: the same random numbers, so the same losses,
+    but for the order of sums on a GPU."""
+    losses = []
+    for recorded in (ssvae.record, lambda f, *inputs: f):
+        monkeypatch.setattr(ssvae, "record", recorded)
+        run("--model", model, "--dataset", small, "--epochs", 1, "--overwrite",
+            "--out-dir", tmp_path, "--no-images", "--precision", "float32",
+            *(["--m1-epochs", 1] if model == "m1+m2" else []))  # fmt: skip
+        rows = csv.DictReader((tmp_path / "log.csv").open())
+        losses.append([float(row["loss"]) for row in rows])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_paper_recipe_is_the_published_one(small, tmp_path):
@@ -1220,6 +1237,7 @@ def test_init_std_and_batch_norm_are_where_they_should_be():
 def test_weight_prior_is_minus_log_of_a_standard_normal(small, tmp_path, monkeypatch):
     """An epoch with weight_prior 1 against one with -log N(w; 0, I) / (N + M) added to the loss."""
     args = ("--dataset", small, "--labels", 50, "--epochs", 1, "--precision", "float32")
+    args += ("--device", "cpu")  # where nothing is recorded
     run(*args, "--weight-prior", 1, "--out-dir", tmp_path / "a", "--no-images")
     run(*args, "--out-dir", tmp_path / "none", "--no-images")
     plain = M2.objective
@@ -1308,7 +1326,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(small, tmp_path, capsys, monk
 
     monkeypatch.setattr(M2, "objective", objective)
     args = ("--dataset", small, "--epochs", 3, "--batch-size", 200, "--out-dir", tmp_path / "b")
-    run(*args, code=1)
+    run(*args, "--device", "cpu", code=1)  # where nothing is recorded
     assert "epoch 2;" in capsys.readouterr().err and 15 <= len(calls) < 30
     assert torch.load(tmp_path / "b" / "model.pt", weights_only=True)["rows"][-1]["epoch"] == 1
     monkeypatch.setattr(ssvae, "mean_bound", lambda *_: float("nan"))  # by the last update
@@ -1791,7 +1809,7 @@ def test_classes_can_be_pasted_elsewhere():
     )
     imports += "\nimport torch.nn.functional as F\n"
     x, y = (torch.rand(50, 20) < 0.5).float(), torch.arange(50) % 2
-    s = {"alpha": 1.0, "beta": 1.0, "ramp": 0.0, "balance": 1.0, "smooth": 1.0}
+    s = {"alpha": 1.0, "beta": 1.0, "balance": 1.0, "smooth": 1.0}
     s["classifier_sees"] = "mean"
     for pasted, make in (
         (m1, "M1(20, 3, (8,))"),
@@ -1829,9 +1847,9 @@ def seconds(f, repeat=5):
     return float(np.median(times[1:]))
 
 
-def trainable(model):
+def trainable(model, recorded=False):
     """Twenty training steps (for they differ: M2.objective), to be called, of a model with its
-    settings and made-up data."""
+    settings and made-up data; recorded: as a CUDA graph, as train has them."""
     device = ssvae.pick_device("auto")
     bf16 = ssvae.bfloat16_is_faster(device)
     s = ssvae.settings_of(model)
@@ -1853,13 +1871,18 @@ def trainable(model):
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], fused=True)
     x_l, x_u = (x[:0], x[:500]) if model == "m1" else (x[:100], x[100:])
 
+    def gradients():
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = net.objective(x_l, y[: len(x_l)], x_u, 0.002, 1.0, s)
+        optimizer.zero_grad()
+        loss.backward()
+
+    forward_and_backward = ssvae.record(gradients) if recorded else gradients
+
     def steps():
         torch.manual_seed(0)
         for _ in range(20):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = net.objective(x_l, y[: len(x_l)], x_u, 0.002, 0.9, s)
-            optimizer.zero_grad()
-            loss.backward()
+            forward_and_backward()
             optimizer.step()
 
     return steps
@@ -1881,6 +1904,7 @@ class Products(TorchDispatchMode):
 def benchmark_steps():
     print("\nA training step beside the bare matrix products it needs (same shapes and type):")
     print(f"{'model':8}{'step, ms':>10}{'products, ms':>14}{'ratio':>8}{'images/s':>12}")
+    cuda = ssvae.pick_device("auto").type == "cuda"
     for model in MODELS:
         steps = trainable(model)
         steps()
@@ -1891,6 +1915,8 @@ def benchmark_steps():
             for a, b in operands:
                 a @ b
 
+        if cuda:
+            steps, products = trainable(model, recorded=True), ssvae.record(products)
         whole, bare = seconds(steps) / 20, seconds(products) / 20
         print(
             f"{model:8}{1e3 * whole:10.1f}{1e3 * bare:14.1f}{whole / bare:8.2f}{500 / whole:12,.0f}"
