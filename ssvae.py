@@ -657,8 +657,8 @@ class M2(nn.Module):
         (4) No class may swallow another: balance times imbalance (of x_u) is added in full from the
         start, because classes are swallowed early.
         (5) A boundary near an image costs: roughness (s["smooth"] is its distance), averaged over
-        the minibatch, is added with weight 1 (to save time, with weight 2 in a random half of the
-        steps; in every step on NVIDIA's GPUs, where train records one step to repeat it).
+        the minibatch, is added with weight 1: on NVIDIA's GPUs in every step, elsewhere, to save
+        time, in a random half of the steps, with weight 2.
         (6) On MNIST's pixels z has few dimensions, so that y, not z, has to carry the class. (With
         5, 10 and 50 dimensions, without roughness, seed 0 alone: validation error 6.6, 4.1 and
         6.0 % after 40 epochs; with it, 10 show no gain over 50: README.)
@@ -1271,17 +1271,19 @@ def bfloat16_is_faster(device: torch.device) -> bool:
 
 
 def record(f, *inputs: Tensor):
-    """f, a function of tensors on an NVIDIA GPU, as a CUDA graph: at a single call the GPU repeats
-    all that f made it do, on new contents of the inputs.
+    """f, a function of tensors on an NVIDIA GPU, as a CUDA graph. f runs once, while all that it
+    asks of the GPU is noted down; from then on a single call has the GPU do that again. Python has
+    no part in the repetition: branches, shapes and Python's own numbers stay what they were, only
+    the tensors' contents are new, random draws included. A call copies its arguments into inputs
+    and overwrites the result of the call before.
 
-    Our networks are so small that a GPU waits for Python most of the time: in a step of M2 it has
-    some 450 things to do, 1.8 ms of work, which took 13 ms to ask for one by one (an H200, whose
-    host was slow). Neither a branch in f nor a shape may depend on what a tensor contains.
+    Why: our networks are so small that a GPU would wait for Python most of the time. For a step of
+    M2 an H200 had 1.8 ms of work, in some 450 pieces, and Python took 13 ms to ask for them.
     """
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # the GPU's usual queue of work cannot be recorded
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        f(*inputs)  # a rehearsal: libraries prepare at their first call
+        f(*inputs)  # a rehearsal: libraries prepare at their first call, which cannot be recorded
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         result = f(*inputs)
@@ -1292,6 +1294,7 @@ def record(f, *inputs: Tensor):
         graph.replay()
         return result
 
+    replay.recorded = f  # the graph knows tensors by their addresses alone; f keeps them there
     return replay
 
 
@@ -1330,7 +1333,9 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run") -> None:
         x_l, x_u, draw = in_chunks(model.encode, x_l), in_chunks(model.encode, x_u), lambda x: x
 
     def gradients(l: Tensor, u: Tensor, fade: float) -> Tensor:
-        """Forward, loss, backward, of the labelled and unlabelled images l and u: the loss."""
+        """Forward, loss and backward for the labelled and unlabelled images l and u (indices).
+        Returns the loss, and leaves its gradients in .grad of the model's parameters. (Where this
+        is recorded, fade is a tensor, and .grad the same memory in every step.)"""
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             batch = draw(x_l[l]), data.y_l[l], draw(x_u[u])
             loss = model.objective(*batch, N / (N + M), fade, s)
@@ -1338,11 +1343,13 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run") -> None:
         loss.backward()
         return loss.detach()
 
-    if device.type == "cuda" and not s.get("threshold"):
+    if torch.version.cuda and device.type == "cuda" and not s.get("threshold"):
         model.train()
         before = {name: value.clone() for name, value in model.state_dict().items()}
         some = torch.arange(max(n_l, n_u), device=device)
-        gradients = record(gradients, some[:n_l].clone(), some[:n_u], torch.ones((), device=device))
+        inputs = some[:n_l].clone(), some[:n_u], torch.ones((), device=device)
+        with torch.cuda.device(device):  # if there are several
+            gradients = record(gradients, *inputs)
         model.load_state_dict(before)  # batch statistics without the rehearsal
     for epoch in range(first, s["epochs"]):
         # Every epoch has its own random numbers, so a resumed run needs no record of their state.
@@ -1920,7 +1927,7 @@ def choose_settings(args, data: Data, device, saved_m1: dict | None) -> dict:
     """
     s = settings_of(args.model, args.recipe, data.name)
     if device.type != "cpu" and "threshold" in s:
-        s["threshold"] = 0.0  # counting the kept pairs would make the host wait at every step
+        s["threshold"] = 0.0  # the host would wait for the number of kept pairs at every step
     s |= {name: getattr(args, name) for name in s if getattr(args, name) is not None}
     m1 = settings_of("m1", args.recipe, data.name)
     m1["epochs"] = args.m1_epochs or m1["epochs"]

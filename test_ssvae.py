@@ -1198,6 +1198,15 @@ def test_a_recorded_step_does_what_the_step_does(small, tmp_path, monkeypatch, m
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+def test_a_recording_keeps_the_tensors_it_reads():
+    """Others must not take their place in memory when nothing else refers to them."""
+    plus_one = lambda x: lambda: x + 1
+    replay = ssvae.record(plus_one(torch.ones(1000, device="cuda")))
+    others = [torch.zeros(1000, device="cuda") for _ in range(100)]
+    assert (replay() == 2).all() and not any(other.any() for other in others)
+
+
 def test_paper_recipe_is_the_published_one(small, tmp_path):
     """The published settings as the run itself records them; what its networks are; and it runs."""
     published = {
@@ -1849,7 +1858,7 @@ def seconds(f, repeat=5):
 
 def trainable(model, recorded=False):
     """Twenty training steps (for they differ: M2.objective), to be called, of a model with its
-    settings and made-up data; recorded: as a CUDA graph, as train has them."""
+    settings and made-up data; recorded: forward and backward as a CUDA graph, as train has them."""
     device = ssvae.pick_device("auto")
     bf16 = ssvae.bfloat16_is_faster(device)
     s = ssvae.settings_of(model)
