@@ -653,7 +653,9 @@ class M2(nn.Module):
         is (but see BatchNorm), since all else that is added is >= 0. self.bound is always eq. 7's.
         (2) Dropout keeps q(y|x) from fitting the labels too closely. (With (5), it shows no gain:
         README.)
-        (3) An alpha above the paper's keeps the labels from being outvoted by the many guesses.
+        (3) An alpha above the paper's keeps the labels from being outvoted by the many guesses. So
+        do 100 labelled images in a minibatch, where their share would be one. (M2's test error
+        after 15 epochs: 3.4 %, with one 12.8 %: README.)
         (4) No class may swallow another: balance times imbalance (of x_u) is added in full from the
         start, because classes are swallowed early.
         (5) A boundary near an image costs: roughness (s["smooth"] is its distance), averaged over
