@@ -130,7 +130,7 @@ SETTINGS = {
     "ramp": ((0.15, 0.5, 0.5), (0.0, 0.0, 0.0), (0.0, 1.0),
              "part of training in which M1's KL or M2's U fades in (see their objective)"),
     "threshold": ((None, 0.01, 0.01), (None, 0.0, 0.0), (0.0, 1.0),
-                  "U skips classes with q(y|x) below it (or 1/(2K), if less); GPUs: 0"),
+                  "U skips classes with q(y|x) below it (or 1/(2K), if less); off CPUs 0"),
     "classifier_sees": ((None, None, "mean"), (None, None, "draw"), ("mean", "draw"),
                         "the stack's q(y|x) is given the mean of q(z1|x) or the draw z1"),
     "classifier": (("tsvm", None, None), ("tsvm", None, None), ("tsvm", "knn"),
@@ -231,7 +231,7 @@ def sample_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
 
 def fade_in(done: float, ramp: float) -> float:
     """A weight that grows from 0 to 1 while done, the fraction of training done, goes from 0 to
-    ramp (0: it is 1 at once)."""
+    ramp (ramp 0: it is 1 at once)."""
     return min(1.0, done / ramp) if ramp else 1.0
 
 
@@ -355,10 +355,10 @@ class M1(nn.Module):
         return -log_p_x + beta * kl_gaussian(mu, logvar)
 
     def objective(self, x_l, y_l, x_u, share_l: float, fade: float, s) -> Tensor:
-        """Training loss, a scalar in nats per image; fade grows from 0 to 1 over the first
-        s["ramp"] of training (fade_in) and is then 1; s are the settings (of which it needs beta).
-        All images are in x_u: M1 uses no labels. (The other arguments, with share_l = N / (N + M),
-        are M2's: one loop trains both.)
+        """Training loss, a scalar in nats per image; fade, a weight of the KL, grows from 0 to 1
+        over the part s["ramp"] of training (fade_in) and is then 1; s are the settings (of which it
+        needs beta). All images are in x_u: M1 uses no labels. (The other arguments, with share_l =
+        N / (N + M), are M2's: one loop trains both.)
 
         Why the ramp. Early on the decoder is too poor to use z, so the cheapest thing a latent
         dimension can do is to pay no KL: q(z_d|x) = p(z_d). The decoder then learns to ignore it,
@@ -568,8 +568,8 @@ class M2(nn.Module):
         the minibatch: so this estimates J^alpha / (N + M) (but for BatchNorm), where weight_u = 1,
         the threshold is 0, and x_u is empty only if M = 0.
         alpha is the weight per image, a of WHAT ALPHA IS, not the paper's 0.1 N; weight_u
-        multiplies U (see objective). log_q = log q(y|x) of x_l, then x_u, [n_l + n_u, K], if it is
-        known already.
+        multiplies U (fade in objective). log_q = log q(y|x) of x_l, then x_u, [n_l + n_u, K], if
+        it is known already.
         """
         n_l = len(x_l)
         if log_q is None:
@@ -633,9 +633,10 @@ class M2(nn.Module):
         return kl(distance * F.normalize(gradient))
 
     def objective(self, x_l, y_l, x_u, share_l: float, fade: float, s, seen=None) -> Tensor:
-        """Training loss, a scalar in nats per image; fade grows from 0 to 1 over the first
-        s["ramp"] of training (fade_in) and is then 1; s are the settings (of which it needs alpha,
-        balance and smooth). seen: what q(y|.) is given, if not x_l and x_u themselves (the stack).
+        """Training loss, a scalar in nats per image; fade, the weight of U, grows from 0 to 1 over
+        the part s["ramp"] of training (fade_in) and is then 1; s are the settings (of which it
+        needs alpha, balance and smooth). seen: what q(y|.) is given, if not x_l and x_u themselves
+        (the stack).
 
             share_l mean L + (1 - share_l) fade mean U + alpha mean_labelled[ -log q(y|x) ]
             + balance * imbalance + mean roughness
@@ -643,7 +644,7 @@ class M2(nn.Module):
         The failure to avoid: q(y|x) soon fits the few labels and is certain everywhere, right or
         wrong. Eq. 7 weights L(x,y) by q(y|x), so the generative model then learns the wrong class,
         and teaches it back. The fast recipe has six remedies that the paper lacks, of which the
-        stack does without (2) and (6) (what they are worth: COMMON MISTAKES, after 9 EVALUATION,
+        stack does without (2) and (6) (what they are worth: COMMON MISTAKES, at the end of 9,
         and README).
         (1) U fades in: over the first s["ramp"] of training its weight goes from 0 to 1, so q(y|x)
         learns from the labels before it learns from a generative model that knows nothing yet. (The
@@ -653,14 +654,15 @@ class M2(nn.Module):
         is (but see BatchNorm), since all else that is added is >= 0. self.bound is always eq. 7's.
         (2) Dropout keeps q(y|x) from fitting the labels too closely. (With (5), it shows no gain:
         README.)
-        (3) An alpha above the paper's keeps the labels from being outvoted by the many guesses. So
-        do 100 labelled images in a minibatch, where their share would be one. (M2's test error
+        (3) An alpha above the paper's keeps the labels from being outvoted by the many guesses. And
+        a minibatch has 100 labelled images, where in proportion it would have one. (M2's test error
         after 15 epochs: 3.4 %, with one 12.8 %: README.)
         (4) No class may swallow another: balance times imbalance (of x_u) is added in full from the
         start, because classes are swallowed early.
         (5) A boundary near an image costs: roughness (s["smooth"] is its distance), averaged over
-        the minibatch, is added with weight 1: on NVIDIA's GPUs in every step, elsewhere, to save
-        time, in a random half of the steps, with weight 2.
+        the minibatch, is added with weight 1 on average: to save time, with weight 2 in a random
+        half of the steps (on device cuda in every step: once recorded, a coin would always fall the
+        same way).
         (6) On MNIST's pixels z has few dimensions, so that y, not z, has to carry the class. (With
         5, 10 and 50 dimensions, without roughness, seed 0 alone: validation error 6.6, 4.1 and
         6.0 % after 40 epochs; with it, 10 show no gain over 50: README.)
@@ -1262,8 +1264,8 @@ def bfloat16_is_faster(device: torch.device) -> bool:
 
     It has float32's range with 8 bits of precision: enough for activations, their gradients and the
     copies of the weights that are multiplied. The weights themselves, Adam's moments, log-densities
-    and losses stay float32. Decided by features, not by a timing, so that a run on the same machine
-    always computes the same.
+    and losses stay float32. Decided by features, not by a timing, so that the same machine always
+    chooses the same.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1273,19 +1275,19 @@ def bfloat16_is_faster(device: torch.device) -> bool:
 
 
 def record(f, *inputs: Tensor):
-    """f, a function of tensors on an NVIDIA GPU, as a CUDA graph. f runs once, while all that it
-    asks of the GPU is noted down; from then on a single call has the GPU do that again. Python has
-    no part in the repetition: branches, shapes and Python's own numbers stay what they were, only
-    the tensors' contents are new, random draws included. A call copies its arguments into inputs
-    and overwrites the result of the call before.
+    """f, a function of tensors on an NVIDIA GPU, as a CUDA graph. Python runs f twice: in a
+    rehearsal, and to note down, without doing it, all that f asks of the GPU. From then on a single
+    call has the GPU do that, with new contents of the tensors (random draws are new, too, and obey
+    torch.manual_seed); branches, shapes and Python's own numbers stay what they were. A call copies
+    its arguments into inputs and overwrites the result of the call before.
 
     Why: our networks are so small that a GPU would wait for Python most of the time. For a step of
-    M2 an H200 had 1.8 ms of work, in some 450 pieces, and Python took 13 ms to ask for them.
+    M2 an H200 had 2 ms of work, in some 450 pieces, and Python took 13 ms to ask for them.
     """
     stream = torch.cuda.Stream()  # the GPU's usual queue of work cannot be recorded
-    stream.wait_stream(torch.cuda.current_stream())
+    stream.wait_stream(torch.cuda.current_stream())  # until the tensors that f reads are there
     with torch.cuda.stream(stream):
-        f(*inputs)  # a rehearsal: libraries prepare at their first call, which cannot be recorded
+        f(*inputs)  # libraries prepare at their first call, which cannot be recorded
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         result = f(*inputs)
@@ -1296,7 +1298,7 @@ def record(f, *inputs: Tensor):
         graph.replay()
         return result
 
-    replay.recorded = f  # the graph knows tensors by their addresses alone; f keeps them there
+    replay.recorded = f  # never called: it keeps alive what the graph knows by address alone
     return replay
 
 
@@ -1334,27 +1336,26 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run") -> None:
         model.eval()
         x_l, x_u, draw = in_chunks(model.encode, x_l), in_chunks(model.encode, x_u), lambda x: x
 
-    def gradients(l: Tensor, u: Tensor, fade: float) -> Tensor:
+    def gradients(l: Tensor, u: Tensor, fade: float | Tensor) -> Tensor:
         """Forward, loss and backward for the labelled and unlabelled images l and u (indices).
-        Returns the loss, and leaves its gradients in .grad of the model's parameters. (Where this
-        is recorded, fade is a tensor, and .grad the same memory in every step.)"""
+        Returns the loss, and leaves its gradients in .grad of the model's parameters."""
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             batch = draw(x_l[l]), data.y_l[l], draw(x_u[u])
             loss = model.objective(*batch, N / (N + M), fade, s)
-        optimizer.zero_grad()
+        optimizer.zero_grad()  # .grad = None: what backward does (and records) is to write, not add
         loss.backward()
         return loss.detach()
 
+    # Recorded on NVIDIA's GPUs ("cuda" is AMD's name, too), unless shapes vary (see M2.pairs).
     if torch.version.cuda and device.type == "cuda" and not s.get("threshold"):
         model.train()
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        some = torch.arange(max(n_l, n_u), device=device)
-        inputs = some[:n_l].clone(), some[:n_u], torch.ones((), device=device)
+        l, u = torch.arange(n_l, device=device), torch.arange(n_u, device=device)
         with torch.cuda.device(device):  # if there are several
-            gradients = record(gradients, *inputs)
-        model.load_state_dict(before)  # batch statistics without the rehearsal
+            gradients = record(gradients, l, u, torch.ones((), device=device))
+        model.load_state_dict(before)  # undoes the rehearsal's update of batch statistics
     for epoch in range(first, s["epochs"]):
-        # Every epoch has its own random numbers, so a resumed run needs no record of their state.
+        # Every epoch has its own random numbers, so a resumed run need not know their state.
         torch.manual_seed((run.settings["seed"] * 1_000_003 + epoch) % 2**63)
         model.train()
         order = torch.cat([torch.randperm(M, device=device) for _ in range(rounds)])
@@ -1366,7 +1367,7 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run") -> None:
             l = torch.randperm(N, device=device)[:n_l]
             u = order[step * n_u : (step + 1) * n_u]
             losses[step] = gradients(l, u, fade_in(done, s["ramp"]))
-            optimizer.step()
+            optimizer.step()  # not recorded: lr is a Python number
             if sys.stdout.isatty() and step % 10 == 0:  # "\r": what is printed next replaces it
                 print(f"epoch {epoch + 1}, step {step} of {steps}", end="\r", flush=True)
         loss = losses.mean().item()  # waits for the device
@@ -1929,7 +1930,7 @@ def choose_settings(args, data: Data, device, saved_m1: dict | None) -> dict:
     """
     s = settings_of(args.model, args.recipe, data.name)
     if device.type != "cpu" and "threshold" in s:
-        s["threshold"] = 0.0  # the host would wait for the number of kept pairs at every step
+        s["threshold"] = 0.0  # counting the kept pairs makes the host wait, and shapes vary
     s |= {name: getattr(args, name) for name in s if getattr(args, name) is not None}
     m1 = settings_of("m1", args.recipe, data.name)
     m1["epochs"] = args.m1_epochs or m1["epochs"]
