@@ -8,7 +8,7 @@ COMMAND LINE. Run it:
 
     python ssvae.py --model m2 --dataset mnist
 
-THE PROBLEM.  60,000 images of digits are cheap; the labels are not. Say N = 100 images have one.
+THE PROBLEM.  50,000 images of digits are cheap; the labels are not. Say N = 100 images have one.
 A neural network trained on those 100 alone errs on 26 % of new digits (Table 1). Can the other
 images, unlabelled, teach it the rest? If we model how a digit class and a style produce an image,
 then explaining the unlabelled images well may reveal which class each belongs to.
@@ -85,18 +85,18 @@ from torch import Tensor, nn
 # "fast" (the default) was chosen on MNIST, mostly with N = 100, by the error on the 10,000
 # validation images (whose labels are used for that: N labels alone would be a poor guide). "paper"
 # is what the paper and its authors' code publish for MNIST with N = 100 (for more labels twice as
-# many minibatches: --batch-size 250). Where they differ, it follows the paper (the code's M1:
-# layers of 500, minibatches of 1000, the prior of the weights; its stack for N = 100: one layer of
-# 300). Ours in both are "tsvm" (6 CLASSIFIERS), M1's initial weights (PyTorch's; the code's have
-# 3^(1/2) times their standard deviation, 0 for log sigma^2) and labelled images drawn afresh for
-# every minibatch (the code goes through them in turn). The stack (M1+M2) trains its M1 by the
-# column m1, its M2 by the column m1+m2. Every row is also an option: --batch-size 200, say. At a
-# first reading, skim it: the rows are explained where they are used.
+# many minibatches: --batch-size 250). Where the two differ, it follows the paper (the code's M1 has
+# layers of 500, minibatches of 1000 and the prior of the weights, its stack for N = 100 one layer
+# of 300). Three things are ours in both recipes: "tsvm" (6 CLASSIFIERS), M1's initial weights
+# (PyTorch's; the code's have 3^(1/2) times their standard deviation, 0 for log sigma^2) and
+# labelled images drawn afresh for every minibatch (the code goes through them in turn). The stack
+# (M1+M2) trains its M1 by the column m1, its M2 by the column m1+m2. Every row is also an option:
+# --batch-size 200, say. At a first reading, skim it: the rows are explained where they are used.
 
 MODELS = ("m1", "m2", "m1+m2")
 # fmt: off
 SETTINGS = {
-    # name: (fast: m1, m2, m1+m2), (paper: the same), (lowest[, highest]) or the choices, meaning
+    # name: fast (m1, m2, m1+m2; None: it has none), paper (likewise), range or choices, meaning
     "epochs": ((50, 40, 45), (3000, 3000, 3000), (1,),
                "passes over the unlabelled images (M1: all images)"),
     "batch_size": ((500, 500, 500), (500, 500, 500), (1,), "unlabelled images in a minibatch"),
@@ -130,7 +130,7 @@ SETTINGS = {
     "ramp": ((0.15, 0.5, 0.5), (0.0, 0.0, 0.0), (0.0, 1.0),
              "part of training in which M1's KL or M2's U fades in (see their objective)"),
     "threshold": ((None, 0.01, 0.01), (None, 0.0, 0.0), (0.0, 1.0),
-                  "U skips classes with q(y|x) below it (or 1/(2K), if less); off CPUs 0"),
+                  "U skips classes with q(y|x) below it (or 1/(2K), if less); 0 on accelerators"),
     "classifier_sees": ((None, None, "mean"), (None, None, "draw"), ("mean", "draw"),
                         "the stack's q(y|x) is given the mean of q(z1|x) or the draw z1"),
     "classifier": (("tsvm", None, None), ("tsvm", None, None), ("tsvm", "knn"),
@@ -180,7 +180,7 @@ def log_bernoulli(x: Tensor, logits: Tensor) -> Tensor:
     Summed over pixels, not averaged: pixels are D pieces of evidence about one z, and beside
     their mean the KL of the bounds would weigh D times too much.
     """
-    # The gradient with respect to l is x - p. Given logits, nothing overflows.
+    # From logits, not from p: no log 0. The gradient with respect to l is x - p.
     return -F.binary_cross_entropy_with_logits(logits.float(), x, reduction="none").sum(-1)
 
 
@@ -324,9 +324,10 @@ def mlp(inputs, *sizes, batch_norm="all", activation="relu", dropout=0.0, init_s
 #     -J(x) = log p(x) - KL( q(z|x) || p(z|x) ),
 # so lowering J raises log p(x), or pulls q(z|x) to the true posterior, or both: fitting the model
 # and doing inference are one minimisation. The first term of -J rewards a z from which the decoder
-# can recover x; the KL is the price, in nats, of what z says about x (averaged over x, it is the
-# mutual information of x and z under q, plus KL( average q(z|x) || p(z) )). Without the first term
-# q(z|x) = p(z) would be best; without the KL, see M1.objective.
+# can recover x; the KL is the price, in nats, of what z says about x. (Let qa(z) be the average of
+# q(z|x) over x. The KL's average is that of E_q[log q(z|x) - log qa(z)], the mutual information of
+# x and z under q, plus KL( qa(z) || p(z) ).) Without the first term q(z|x) = p(z) would be best;
+# without the KL, a z without noise: an ordinary autoencoder.
 
 
 class M1(nn.Module):
@@ -348,17 +349,17 @@ class M1(nn.Module):
         return self.p_x(z).chunk(self.outputs, -1)
 
     def J(self, x: Tensor, beta: float = 1.0) -> Tensor:
-        """Eq. 5 with one draw of z, [B], nats per image. If beta = 1, -J <= log p(x) on average."""
+        """Eq. 5 with one draw of z, its KL times beta, [B], nats per image. With beta = 1, -J <=
+        log p(x) on average."""
         mu, logvar = self.encode(x)
         z = sample_gaussian(mu, logvar)
         log_p_x = self.log_density(x, *self.decode(z))  # log p(x|z)
         return -log_p_x + beta * kl_gaussian(mu, logvar)
 
     def objective(self, x_l, y_l, x_u, share_l: float, fade: float, s) -> Tensor:
-        """Training loss, a scalar in nats per image; fade, a weight of the KL, grows from 0 to 1
-        over the part s["ramp"] of training (fade_in) and is then 1; s are the settings (of which it
-        needs beta). All images are in x_u: M1 uses no labels. (The other arguments, with share_l =
-        N / (N + M), are M2's: one loop trains both.)
+        """Training loss, a scalar in nats per image; fade, by fade_in, is a weight of the KL; s are
+        the settings (of which it needs beta). All images are in x_u: M1 uses no labels. (The other
+        arguments, with share_l = N / (N + M), are M2's: one loop trains both.)
 
         Why the ramp. Early on the decoder is too poor to use z, so the cheapest thing a latent
         dimension can do is to pay no KL: q(z_d|x) = p(z_d). The decoder then learns to ignore it,
@@ -493,7 +494,8 @@ class M2(nn.Module):
         return F.log_softmax(self.q_y(x).float(), -1)
 
     def encode(self, x: Tensor, y: Tensor, i: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """mu and logvar of q(z|x_i,y) for P pairs: x [B, D], y [P], i [P] (see L) -> [P, Z]."""
+        """mu and logvar of q(z|x,y), both [P, Z], for P pairs of an image and a class: x [B, D],
+        y [P], i [P]. Pair number p is (x[i[p]], y[p]); without i it is (x[p], y[p])."""
         h = self.q_z[0](x)
         h = h if i is None else h.index_select(0, i)
         return self.q_z[1:](h + self.q_z_y(y).to(h.dtype)).float().chunk(2, -1)
@@ -504,10 +506,8 @@ class M2(nn.Module):
         return self.p_x[1:](h + self.p_x_y(y).to(h.dtype)).chunk(self.outputs, -1)
 
     def L(self, x: Tensor, y: Tensor, i: Tensor | None = None) -> Tensor:
-        """Eq. 6 with one draw of z, [P], nats per pair: -L(x,y) <= log p(x,y) on average.
-
-        Pair number p is (x[i[p]], y[p]): x [B, D], y [P], i [P]. Without i it is (x[p], y[p]).
-        """
+        """Eq. 6 with one draw of z for each pair (see encode), [P], nats per pair: -L(x,y) <=
+        log p(x,y) on average."""
         mu, logvar = self.encode(x, y, i)
         z = sample_gaussian(mu, logvar)
         x = x if i is None else x.index_select(0, i)
@@ -534,7 +534,7 @@ class M2(nn.Module):
     def U(self, x: Tensor, log_q: Tensor | None = None, threshold: float = 0.0) -> Tensor:
         """Eq. 7, with q~ for q where there is a threshold (<= 1/K), [B], nats per image.
         log_q = log q(y|x), [B, K]."""
-        # Without a threshold this is, in one go,
+        # Without a threshold, what follows does in one go what these lines do class by class:
         #     L = torch.stack([self.L(x, torch.full((B,), y)) for y in range(K)], 1)     # [B, K]
         #     return (log_q.exp() * (L + log_q)).sum(1)
         B, K = len(x), self.y_dim
@@ -551,9 +551,9 @@ class M2(nn.Module):
         """self.L(x_l, y_l), [n_l], and self.U(x_u, log_q_u, self.threshold), [n_u], in one call
         and with one set of batch statistics.
 
-        For eq. 6 is eq. 7 with a q that is certain of the label: log q = 0 there, -1e4 elsewhere
-        (for log 0). (At threshold 0 this also computes the labelled images' L for the other
-        classes: only BatchNorm notices.)
+        Eq. 6 is eq. 7 with a q that is certain of the label: log q is 0 there, -1e4 elsewhere (with
+        log 0, 0 log 0 would be NaN). At threshold 0 this also computes the labelled images' L for
+        the other classes: their weight is 0, but BatchNorm sees them.
         """
         certain = 1e4 * (F.one_hot(y_l, self.y_dim) - 1)
         x, log_q = torch.cat([x_l, x_u]), torch.cat([certain, log_q_u])
@@ -565,8 +565,8 @@ class M2(nn.Module):
         x_l [n_l, D] have the labels y_l [n_l]; x_u [n_u, D] have none (any n_u, also 0).
         n_l >= 1. share_l = N / (N + M). The N labelled images are few, so a minibatch may hold more
         than their share. The means of L and U are weighted by the shares of the whole set, not of
-        the minibatch: so this estimates J^alpha / (N + M) (but for BatchNorm), where weight_u = 1,
-        the threshold is 0, and x_u is empty only if M = 0.
+        the minibatch: so this estimates J^alpha / (N + M), but for BatchNorm, if weight_u = 1, the
+        threshold is 0 and x_u is empty only when M = 0.
         alpha is the weight per image, a of WHAT ALPHA IS, not the paper's 0.1 N; weight_u
         multiplies U (fade in objective). log_q = log q(y|x) of x_l, then x_u, [n_l + n_u, K], if
         it is known already.
@@ -591,17 +591,18 @@ class M2(nn.Module):
         rule out).
         """
         # With p(y) = 1/K: KL = sum_y 1/K [ log 1/K - log m_y ], m_y the mean of q(y|x), to second
-        # order sum_y (m_y - 1/K)^2 K/2. A minibatch has class counts of its own: for a q(y|x) that
-        # is right and certain, m_y is a class's share of B images, of variance 1/K (1 - 1/K) / B,
-        # so the KL is about (K - 1) / (2 B), if B is many times K (far more if a class is missing).
-        # The factor keeps this below 0.01 nats, before the weight s["balance"].
+        # order K/2 sum_y (m_y - 1/K)^2 (the first order is 0, as sum_y m_y = 1). A minibatch has
+        # class counts of its own: for a q(y|x) that is right and certain, m_y is a class's share of
+        # B images, of variance 1/K (1 - 1/K) / B, so the KL of all K is about (K - 1) / (2 B), if B
+        # is many times K (far more if a class is missing). The factor keeps (K - 1) / (2 B) below
+        # 0.01 nats, before the weight s["balance"].
         B, K = log_q.shape
         log_mean_q = torch.logsumexp(log_q, 0) - math.log(B)
         return min(1.0, B / (50 * K)) * (-math.log(K) - log_mean_q.mean())
 
     def roughness(self, x: Tensor, log_q: Tensor, distance: float) -> Tensor:
-        """KL( q(y|x) || q(y|x+delta) ) at about the worst delta of this (Euclidean) length: x
-        [B, D], log_q = log q(y|x) [B, K] -> [B], nats per image ("virtual adversarial training",
+        """KL( q(y|x) || q(y|x+delta) ) at about the worst delta whose Euclidean length is distance:
+        x [B, D], log_q = log q(y|x) [B, K] -> [B], nats per image ("virtual adversarial training",
         Miyato et al. 2015, arXiv 1507.00677). Here x is what the classifier sees (in the stack,
         M1's features).
 
@@ -614,9 +615,8 @@ class M2(nn.Module):
         gradient of the KL at delta. (Only an estimate: our delta is not small, as a tiny one would
         drown in bfloat16's rounding, and with batch normalisation each q also depends on the other
         images' delta.) The first q(y|x) is held constant: q(y|x+delta) is to move to it, not the
-        other way round. With dropout the two are not the same function: the KL is above 0 even at
-        delta = 0 and the direction rougher, and it then also teaches q(y|x) to depend less on the
-        dropout mask.
+        other way round. With dropout the two have different masks: the KL is above 0 even at
+        delta = 0, the direction is less exact, and q(y|x) also learns to depend less on the mask.
         """
         log_q = log_q.detach()
         # Batch normalisation would put x + delta into the running statistics, by which images are
@@ -633,10 +633,9 @@ class M2(nn.Module):
         return kl(distance * F.normalize(gradient))
 
     def objective(self, x_l, y_l, x_u, share_l: float, fade: float, s, seen=None) -> Tensor:
-        """Training loss, a scalar in nats per image; fade, the weight of U, grows from 0 to 1 over
-        the part s["ramp"] of training (fade_in) and is then 1; s are the settings (of which it
-        needs alpha, balance and smooth). seen: what q(y|.) is given, if not x_l and x_u themselves
-        (the stack).
+        """Training loss, a scalar in nats per image; fade, by fade_in, is the weight of U; s are
+        the settings (of which it needs alpha, balance and smooth). seen: what q(y|.) is given, if
+        not x_l and x_u themselves (the stack).
 
             share_l mean L + (1 - share_l) fade mean U + alpha mean_labelled[ -log q(y|x) ]
             + balance * imbalance + mean roughness
@@ -730,8 +729,8 @@ class M2(nn.Module):
 # Training is in two stages. M1 is trained with p(z1) = N(0, I) and then frozen: p(x|z1) and q(z1|x)
 # no longer change, so to raise this bound, M2, with a Gaussian p(z1|y,z2), is trained to lower
 # E_q(z1|x)[ U(z1) ], with a fresh draw of z1 at every visit of x. (That Gaussian's variance is
-# learned, yet cannot usefully go to 0 and its density to infinity: the draw has the variance of
-# q(z1|x).) For labelled x, log p(x,y) has the same bound with -L(z1,y) <= log p(z1,y) in place of
+# learned, but gains nothing by going to 0: draws of z1 vary by q(z1|x)'s variance at least.) For
+# labelled x, log p(x,y) has the same bound with -L(z1,y) <= log p(z1,y) in place of
 # -U(z1).
 # What q is given. The bound holds whatever q(z1|.) and q(y|.) look at. Let g be the grey image of
 # which the binary x is a draw (Gaussian data: g = x).
@@ -912,8 +911,8 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, C=0.3, steps=100, spread=0.3) 
 
 def kernel_machine(z: Tensor, f: Tensor, R=6000) -> KernelMachine:
     """Kernel ridge regression (a least-squares support vector machine without bias) with a
-    Gaussian kernel, fitted to what the TSVM found: the classes of the largest scores f [n, K] at
-    those of the points z [n, Z] that a label reached. It answers for any new z and, being smooth
+    Gaussian kernel, fitted to what the TSVM found: for each of the points z [n, Z] that a label
+    reached, the class of its largest score f [n, K]. It answers for any new z and, being smooth
     (|W|^2 below keeps it so), does not copy the neighbours' single mistakes. (Validation error at
     N = 3000, seeds 0, 1, 2: 2.4, 2.3, 2.5 % by the mean score of 7 neighbours, 1.9, 2.0, 2.0 % by
     this machine.)
@@ -1151,8 +1150,8 @@ def check(source: str | Path, arrays: list[np.ndarray]) -> None:
 
 
 def split(y: Tensor, n_labels: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of the labelled, unlabelled and validation images among n of the classes y [n], -1
-    where an image has no label.
+    """Indices of the labelled, unlabelled and validation images among n, given their classes y [n],
+    -1 where an image has no label.
 
     Validation: a sixth (10,000 of 60,000) of those that have one, at random. Labelled: n_labels of
     the others, equally many of each class. Raises BadInput if n_labels does not allow that.
@@ -1259,8 +1258,8 @@ class Diverged(Exception):
 
 
 def bfloat16_is_faster(device: torch.device) -> bool:
-    """Whether matrix products are faster in bfloat16: so on most GPUs since 2020, on CPUs with AMX
-    and on AMD's with AVX512-BF16 (2.3 times the speed; on Intel's without AMX, 0.5).
+    """Whether matrix products are faster in bfloat16: yes on most GPUs since 2020, on CPUs with AMX
+    and on AMD's with AVX512-BF16 (2.3 times as fast as float32; on Intel's without AMX 0.5 times).
 
     It has float32's range with 8 bits of precision: enough for activations, their gradients and the
     copies of the weights that are multiplied. The weights themselves, Adam's moments, log-densities
@@ -1269,7 +1268,7 @@ def bfloat16_is_faster(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    can = getattr(torch.cpu, "get_capabilities", dict)()
+    can = torch.cpu.get_capabilities()
     fast_avx = can.get("avx512_bf16") and "Intel" not in can.get("cpu_name", "Intel")
     return device.type == "cpu" and bool(can.get("amx_bf16") or fast_avx)
 
@@ -1315,7 +1314,7 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run") -> None:
     n_u = min(M, s["batch_size"])  # unlabelled images in a minibatch
     in_proportion = max(1, round(N * n_u / M)) if M else s["batch_size"]
     n_l = min(N, s.get("batch_labelled") or in_proportion)  # labelled images in it
-    # An epoch sees the unlabelled images once (but for a rest of fewer than n_u), or goes
+    # An epoch sees the unlabelled images once (but for a remainder of fewer than n_u), or goes
     # through them more often if N / n_l steps need it; every minibatch has n_l labelled images
     # drawn afresh, all of them if n_l = N. (M1 has N = 0.)
     steps = max(M // n_u if M else 0, math.ceil(N / n_l) if N else 0)
@@ -1374,8 +1373,7 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run") -> None:
         seconds = time.perf_counter() - start
         model.eval()
         if isinstance(model, M1):  # for the validation error: it needs no training
-            votes = F.one_hot(data.y_l, data.y_dim).float()
-            model.classifier = NearestPoint(features(model, data.x_l), votes)
+            model.classifier = nearest_labelled(features(model, data.x_l), data)
         row = {
             "stage": stage,
             "epoch": epoch + 1,
@@ -1418,8 +1416,8 @@ def log_likelihood(model: nn.Module, images: Tensor, likelihood: str, draws: int
     without bias (Burda et al. 2015). Its log estimates log p(x): by Jensen too low on average, the
     less so the larger S. (With S = 1, M1's estimate is on average its bound, M2's and the stack's
     at least theirs: Jensen's inequality is applied to z alone, and the sum over y is exact.) The
-    estimate minus the bound underestimates, on average, the bound's gap, the mean KL between q and
-    the true posterior. (The bound saw other draws of x: some noise.)
+    estimate minus the bound is, on average, at most the bound's gap: the mean KL between q and the
+    true posterior. (The bound saw other draws of x: some noise.)
     """
 
     def estimate(x: Tensor) -> Tensor:
@@ -1436,6 +1434,11 @@ def features(m1: M1, images: Tensor) -> Tensor:
     return in_chunks(lambda x: m1.encode(x)[0], images)
 
 
+def nearest_labelled(z: Tensor, data: Data) -> NearestPoint:
+    """A classifier: the class of the nearest labelled image. Their features are the first in z."""
+    return NearestPoint(z[: len(data.y_l)], F.one_hot(data.y_l, data.y_dim).float())
+
+
 def active_dimensions(features: Tensor) -> Tensor:
     """Indices of the z_d whose mean varies over the images: its standard deviation is 0.1 or more,
     as the authors have it, or half the largest one, if that is less."""
@@ -1447,8 +1450,8 @@ def active_dimensions(features: Tensor) -> Tensor:
 # epochs, of seeds 0, 1, 2 or of seed 0 alone (float32, one thread, commit d3a1d7e with the line in
 # question changed). After ten epochs chance still rules: in the run with 13.7 %, 43 % of the fours
 # are called nines and 44 % of the nines fours (its error after forty, on two threads: 2.0 %). So
-# read nothing into a few per cent. Some mistakes are settings of the paper, whose recipe gives them
-# 3000 epochs.
+# read nothing into a few percentage points. Some mistakes are settings of the paper, whose recipe
+# gives them 3000 epochs.
 # M2 as it is, --model m2 --epochs 10:                                              13.7, 4.5, 4.4 %
 #   without alpha's term (--alpha 0): labels reach q(y|x) only through L's networks          66.9 %
 #   without U (weight 0): L, the labels' loss, balance and roughness are left; the bound is
@@ -1464,8 +1467,8 @@ def active_dimensions(features: Tensor) -> Tensor:
 #     heavy beside it, empties z; L hardly differs between classes, so U makes q uniform      61.4 %
 #   alpha a 500th of ours, as when the paper's N is taken for the number of labels
 #     (--alpha 0.02; the paper's 0.1 would be 0.0002)                             19.7, 23.3, 24.7 %
-#   no ramp of U (--ramp 0). No better than no U at all: from the first step, the generative
-#     model learns the classes that q(y|x) guesses, and confirms them             20.1, 14.3, 10.7 %
+#   no ramp of U (--ramp 0). No better than no U at all: q(y|x) is held to its first guesses by
+#     the generative model, which has just learned them from q(y|x)               20.1, 14.3, 10.7 %
 # M1 and the TSVM on it, --model m1 --epochs 10: bound -96.58 nats                             2.1 %
 #   grey pixels for x in training, not binary draws: the features are about as good. (log p(x|z)
 #     is affine in x, so minus the loss bounds the mean log p(x) of the draws, more loosely, since
@@ -1749,7 +1752,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name, (fast, _, allowed, meaning) in SETTINGS.items():
         how = {"choices": allowed} if isinstance(allowed[0], str) else {"type": number(*allowed)}
         how |= {"nargs": "+"} if name == "hidden" else {}
-        how["help"] = f"{meaning} ({', '.join(str(value) for value in fast if value is not None)})"
+        how["help"] = f"{meaning} ({', '.join('-' if v is None else str(v) for v in fast)})"
         group.add_argument("--" + name.replace("_", "-"), **how)
     args = parser.parse_args(argv)
 
@@ -1997,8 +2000,7 @@ def train_and_evaluate(args: argparse.Namespace) -> dict:
     torch.manual_seed(args.seed)  # what follows is the same whether M1 was trained now or before
     if args.model == "m1":
         if s["classifier"] == "knn":
-            votes = F.one_hot(data.y_l, data.y_dim).float()
-            m1.classifier = NearestPoint(z[: len(votes)], votes)
+            m1.classifier = nearest_labelled(z, data)
         else:
             m1.classifier = kernel_machine(z, tsvm(z, data.y_l, data.y_dim))
         model = m1
