@@ -174,6 +174,7 @@ def test_M1_objective_weighs_the_KL_alone(fixed_noise):
     for done, weight in ((0.0, 0.0), (0.05, 0.075), (0.1, 0.15), (0.9, 0.3)):
         found = m1.objective(None, None, x, 0, ssvae.fade_in(done, 0.2), {"beta": 0.3})
         assert_equal_with_gradients(found, (m1.J(x) - (1 - weight) * kl).mean(), m1)
+    assert ssvae.fade_in(0.0, 0.0) == 1.0
 
 
 def m2_log_joint(m2, x):
@@ -359,6 +360,19 @@ def test_roughness_against_a_search_over_all_directions():
     assert unseen is None
 
 
+def test_roughness_in_one_dimension(monkeypatch):
+    """There the worst delta is + or - the distance, that towards which the random one points (here
+    +), since the KL of a softmax of linear logits grows with |delta|. So value and gradients are
+    those of torch.distributions' KL between two known points, the first held constant."""
+    torch.manual_seed(0)
+    m2, x = M2(1, 3, 1, (8,)), torch.randn(40, 1)
+    m2.q_y = torch.nn.Linear(1, 3)
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    q, moved = (D.Categorical(logits=m2.q_y(x + delta)) for delta in (0.0, 2.0))
+    oracle = D.kl_divergence(D.Categorical(logits=q.logits.detach()), moved)
+    assert_equal_with_gradients(m2.roughness(x, m2.log_q_y(x), 2.0), oracle, m2.q_y)
+
+
 def test_roughness_keeps_the_running_statistics_those_of_x():
     """They are what classifies later, so they may not move, while q(y|x+delta) is computed."""
     m2 = small_m2(batch_norm="q_y").train()
@@ -408,7 +422,7 @@ def small_stack(**kw):
 
 def test_M1M2_bound_by_hand(fixed_noise):
     """The stack's bound term by term, over all classes in spite of a threshold, with z1 = mu +
-    0.3 sigma; and what is generated from y and z2."""
+    0.3 sigma; what is generated from y and z2; and z2 and x from the means of q and p."""
     m1, m2, stack = small_stack(threshold=0.16)
     x, y = (torch.rand(4, 6) < 0.5).float(), torch.tensor([0, 1, 2, 0])
     mu, logvar = m1.q_z(x).chunk(2, -1)
@@ -423,25 +437,34 @@ def test_M1M2_bound_by_hand(fixed_noise):
     z2, z1 = torch.randn(4, 1), torch.zeros(4, 3)
     z1[:, [0, 2]] = m2.decode(y, z2)[0]
     torch.testing.assert_close(stack.generate(y, z2), m1.p_x(z1).sigmoid())
+    z2 = m2.q_z[1:](m2.q_z[0](mu[:, [0, 2]]) + m2.q_z_y(y))[:, :1]
+    torch.testing.assert_close(stack.infer(x, y), z2)
+    torch.testing.assert_close(stack.reconstruct(x)[0], m1.p_x(mu).sigmoid())
 
 
 @pytest.mark.parametrize("sees", ["mean", "draw"])
-def test_stack_objective_by_hand(fixed_noise, sees):
-    """Eq. 8 and 9 with z1 = mu + 0.3 sigma for x and, in q(y|.), the mean or that draw."""
+def test_stack_objective_by_hand(fixed_noise, monkeypatch, sees):
+    """Eq. 8 and 9 with z1 = mu + 0.3 sigma for x, U fading in and, in q(y|.), and so in the
+    roughness, the mean or that draw. The frozen M1 stays in evaluation mode."""
     m1, m2, stack = small_stack()
+    assert stack.train().m2.training and not m1.training
+    stack.eval()
     x_l, x_u, y = torch.rand(3, 6), torch.rand(4, 6), torch.tensor([0, 1, 2])
-    s = {"alpha": 0.7, "balance": 0.0, "smooth": 0.0, "classifier_sees": sees}
-    found = stack.objective(stack.encode(x_l), y, stack.encode(x_u), 0.2, 1.0, s)
+    s = {"alpha": 0.7, "balance": 0.0, "smooth": 0.1, "classifier_sees": sees}
+    monkeypatch.setattr(m2, "roughness", lambda seen, log_q, distance: distance * seen.sum(1))
+    monkeypatch.setattr(torch, "rand", lambda size: torch.zeros(size))  # the coin: with weight 2
+    found = stack.objective(stack.encode(x_l), y, stack.encode(x_u), 0.2, 0.3, s)
     means, draws = [], []
     for x in (x_l, x_u):
         mu, logvar = (part[:, [0, 2]] for part in m1.q_z(x).chunk(2, -1))
         means.append(mu)
         draws.append(mu + 0.3 * (logvar / 2).exp())
-    q_l, q_u = (m2.q_y(z).softmax(-1) for z in (means if sees == "mean" else draws))
+    seen = means if sees == "mean" else draws
+    q_l, q_u = (m2.q_y(z).softmax(-1) for z in seen)
     every = lambda z: torch.stack([m2.L(z, torch.full((len(z),), k)) for k in range(3)], 1)
     U = (q_u * every(draws[1])).sum(1) - D.Categorical(probs=q_u).entropy()
-    oracle = 0.2 * every(draws[0])[range(3), y].mean() + 0.8 * U.mean()
-    oracle = oracle - 0.7 * q_l[range(3), y].log().mean()
+    oracle = 0.2 * every(draws[0])[range(3), y].mean() + 0.8 * 0.3 * U.mean()
+    oracle = oracle - 0.7 * q_l[range(3), y].log().mean() + 2 * 0.1 * torch.cat(seen).sum(1).mean()
     torch.testing.assert_close(found, oracle)
 
 
@@ -1229,8 +1252,9 @@ def test_paper_recipe_is_the_published_one(small, tmp_path):
     assert [p.shape[0] for p in m2.q_y.parameters()] == [500, 500, 500, 500, 10, 10]
 
 
-def test_init_std_and_batch_norm_are_where_they_should_be():
-    """Weights drawn with that standard deviation and biases 0; BN in the networks named."""
+def test_networks_are_as_the_settings_say():
+    """Weights drawn with that standard deviation and biases 0; batch normalisation in the networks
+    named; the decoders' layers in the encoders' order reversed."""
     torch.manual_seed(0)
     m2 = M2(200, 10, 50, (500, 300), batch_norm="none", init_std=0.01, activation="softplus")
     for layer in m2.modules():
@@ -1241,6 +1265,18 @@ def test_init_std_and_batch_norm_are_where_they_should_be():
         m2 = M2(20, 10, 5, (8,), batch_norm=batch_norm)
         found = {n.split(".")[0] for n, m in m2.named_modules() if isinstance(m, ssvae.BatchNorm)}
         assert found == set(expected)
+    for p_x in (M1(20, 3, (9, 8)).p_x, M2(20, 10, 3, (9, 8)).p_x):
+        linear = [layer for layer in p_x if isinstance(layer, torch.nn.Linear)]
+        assert [layer.out_features for layer in linear] == [8, 9, 20]
+
+
+def test_batch_norm_of_a_minibatch_of_one():
+    """It is normalised by the mean and variance of what was seen before, and changes neither."""
+    norm, x = ssvae.BatchNorm(3, momentum=1.0).train(), torch.randn(50, 3)
+    norm(x)
+    var, mean = torch.var_mean(x, 0)
+    for _ in range(2):
+        torch.testing.assert_close(norm(x[:1]), (x[:1] - mean) / (var + norm.eps).sqrt())
 
 
 def test_weight_prior_is_minus_log_of_a_standard_normal(small, tmp_path, monkeypatch):
