@@ -588,13 +588,16 @@ def test_svm_step_is_the_minimum():
 
 
 def test_tsvm_step_minimises_each_points_own_terms():
-    """One step: the mean of the neighbours (by a full sort), scaled to equal shares, and then, for
-    every y, the f that lowers |f - m|^2 + 0.3 hinge(f, y) most; the best of these y's."""
+    """One step: the mean of the neighbours (by a full sort), and at first no more; later scaled to
+    equal shares, and then, for every y, the f that lowers |f - m|^2 + 0.3 hinge(f, y) most; the
+    best of these y's."""
     torch.manual_seed(0)
     z, y = torch.randn(60, 2), torch.arange(12) % 3
     f = torch.full((60, 3), -1.0)
     f[:12] = 2.0 * F.one_hot(y, 3) - 1
     m = f[torch.cdist(z, z).argsort(1)[:, 1:8]].mean(1)
+    early = ssvae.tsvm(z, y, 3, steps=1, spread=1.0)
+    torch.testing.assert_close(early, torch.cat([f[:12], m[12:]]))
     m = (m + 1) * 2 / 3 / (m + 1).mean(0) - 1
     t = 2.0 * torch.eye(3) - 1  # [y, class]
     each = torch.where(t * m[:, None] < 1, (m[:, None] + 0.3 * t) / 1.3, m[:, None])
@@ -1135,14 +1138,21 @@ def test_training_lowers_the_bound_and_the_error(small, tmp_path, model):
     }
 
 
-def test_the_loop_hands_the_right_things_to_the_objective(tmp_path, monkeypatch):
-    """An image's first eight pixels are its number, in binary; the others are grey. Every
-    unlabelled image once per epoch, in a new order and with new draws; labelled ones with their
-    labels; and N / (N + M), how far U is faded in, the step size and the precision of each step."""
+def numbered_images(path):
+    """Writes 120 images of two classes. The first eight pixels are the image's number, in binary;
+    the others are grey. Returns the function from images to their numbers."""
     number = np.arange(120)[:, None] >> np.arange(8) & 1
     x, y = np.full((120, 4, 4), 128, np.uint8), np.arange(120) % 2
     x[:, :2] = 255 * number.reshape(120, 2, 4)
-    np.savez(tmp_path / "own.npz", x_train=x, y_train=y, x_test=x[:9], y_test=y[:9])
+    np.savez(path, x_train=x, y_train=y, x_test=x[:9], y_test=y[:9])
+    return lambda x: (x[:, :8] @ 2.0 ** torch.arange(8)).long()
+
+
+def test_the_loop_hands_the_right_things_to_the_objective(tmp_path, monkeypatch):
+    """Every unlabelled image once per epoch, in a new order and with new draws; labelled ones with
+    their labels; and N / (N + M), how far U is faded in, the step size and the precision of each
+    step."""
+    index = numbered_images(tmp_path / "own.npz")
     optimizers, steps = [], []
 
     class Adam(torch.optim.Adam):
@@ -1162,7 +1172,6 @@ def test_the_loop_hands_the_right_things_to_the_objective(tmp_path, monkeypatch)
         "--batch-size", 10, "--lr", 0.01, "--lr-decay", 0.5, "--ramp", 0.75,
         "--precision", "bfloat16", "--device", "cpu", "--out-dir", tmp_path / "run")  # fmt: skip
     assert len(steps) == 12  # 60 unlabelled images, 10 at a time, twice
-    index = lambda x: (x[:, :8] @ 2.0 ** torch.arange(8)).long()
     labelled = set()
     for k, (x_l, y_l, x_u, share_l, fade, _, lr) in enumerate(steps):
         assert (len(x_l), len(x_u), share_l) == (8, 10, 0.4)
@@ -1178,6 +1187,29 @@ def test_the_loop_hands_the_right_things_to_the_objective(tmp_path, monkeypatch)
     assert labelled.isdisjoint(order.tolist())
     grey, again = first[order.argsort(), 8:], second[other.argsort(), 8:]
     assert set(grey.unique().tolist()) == {0, 1} and not torch.equal(grey, again)
+
+
+@pytest.mark.parametrize(
+    ("labels", "n_l", "sizes", "steps", "visits"),
+    # 0: in proportion, 10 * 36 / 64, rounded; 7: 60 labelled images need 9 steps, 90 unlabelled
+    [(36, 0, (6, 10), 6, {1}), (60, 7, (7, 10), 9, {2, 3})],
+)
+def test_sizes_and_number_of_minibatches(tmp_path, monkeypatch, labels, n_l, sizes, steps, visits):
+    """As many labelled images as asked or in proportion; steps enough for the labelled images, too,
+    for which the unlabelled ones are gone through again, each about as often."""
+    index, batches, objective = numbered_images(tmp_path / "own.npz"), [], M2.objective
+
+    def recorded(self, x_l, y_l, x_u, *rest):
+        batches.append((x_l, x_u))
+        return objective(self, x_l, y_l, x_u, *rest)
+
+    monkeypatch.setattr(M2, "objective", recorded)
+    run("--dataset", tmp_path / "own.npz", "--labels", labels, "--batch-labelled", n_l,
+        "--batch-size", 10, "--epochs", 1, "--device", "cpu",
+        "--out-dir", tmp_path / "run")  # fmt: skip
+    assert [tuple(map(len, batch)) for batch in batches] == [sizes] * steps
+    seen = index(torch.cat([x_u for _, x_u in batches])).bincount(minlength=120)
+    assert set(seen[seen > 0].tolist()) == visits
 
 
 @pytest.mark.parametrize("model", MODELS)
