@@ -33,6 +33,14 @@ HERE = Path(__file__).parent
 DRAWS = 40_000  # of z, where an expectation is compared with an integral
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """For tests, and the commands they run, that is faster: these models are too small for two, and
+    where other programs use the cores as well, threads wait for each other."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 def scrambled(model, scale=0.7, seed=0):
     """The model in evaluation mode with random weights, so that nothing is near zero or equal."""
     g = torch.Generator().manual_seed(seed)
