@@ -731,8 +731,7 @@ class M2(nn.Module):
 # no longer change, so to raise this bound, M2, with a Gaussian p(z1|y,z2), is trained to lower
 # E_q(z1|x)[ U(z1) ], with a fresh draw of z1 at every visit of x. (That Gaussian's variance is
 # learned, but gains nothing by going to 0: draws of z1 vary by q(z1|x)'s variance at least.) For
-# labelled x, log p(x,y) has the same bound with -L(z1,y) <= log p(z1,y) in place of
-# -U(z1).
+# labelled x, log p(x,y) has the same bound with -L(z1,y) <= log p(z1,y) in place of -U(z1).
 # What q is given. The bound holds whatever q(z1|.) and q(y|.) look at. Let g be the grey image of
 # which the binary x is a draw (Gaussian data: g = x).
 #   Training draws z1 from q(z1|g), as the authors' code does: mean and variance are computed once
@@ -745,7 +744,7 @@ class M2(nn.Module):
 # What two stages give up: the bound is still a bound, but no longer maximised over all parameters
 # together; q(z1|x) was fitted to another prior and does not learn of the classes.
 # What U is worth here: it teaches q(y|.) to agree with r(y), M2's Bayes' rule. That lowers the
-# error with 100 labels. With 3000 it does not: they alone, with the terms that objective adds,
+# error with 100 labels, but not with 3000: then the labels, with the terms that M2.objective adds,
 # make a better classifier than r(y) (README, What the generative model contributes).
 
 
