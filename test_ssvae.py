@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -1125,11 +1126,6 @@ def test_a_terminal_shows_steps_which_the_line_of_the_epoch_replaces(small, tmp_
     assert max(map(len, steps)) < len(epoch)
 
 
-def test_no_images(small, tmp_path):
-    run(*quick("m2"), "--dataset", small, "--out-dir", tmp_path, "--no-images")
-    assert not list(tmp_path.glob("*.png"))
-
-
 # ---- training ------------------------------------------------------------------------------------
 
 MODELS = ["m1", "m2", "m1+m2"]
@@ -1634,16 +1630,18 @@ def test_command_good_and_bad(small, tmp_path):
 
 def test_extreme_but_valid_values_run(small, tmp_path):
     """The ends of some options' ranges, on M2."""
-    for k, extreme in enumerate(
-        (("--batch-size", 10**12), ("--lr", 1e-30), ("--alpha", 0), ("--alpha", 1e6),
-         ("--seed", 2**63 - 1), ("--labels", 10), ("--batch-size", 1, "--labels", 2000))
-    ):  # fmt: skip
-        path = small
-        if k == 6:  # a minibatch of one needs a small set
-            path, arrays = tmp_path / "tiny.npz", dict(np.load(small))
-            arrays |= {name: arrays[name][:200] for name in ("x_train", "y_train")}
-            np.savez(path, **arrays)
-            extreme = ("--batch-size", 1, "--labels", 20)
+    tiny, arrays = tmp_path / "tiny.npz", dict(np.load(small))  # for minibatches of one image
+    np.savez(tiny, **arrays | {name: arrays[name][:200] for name in ("x_train", "y_train")})
+    cases = [
+        (small, "--batch-size", 10**12),
+        (small, "--lr", 1e-30),
+        (small, "--alpha", 0),
+        (small, "--alpha", 1e6),
+        (small, "--seed", 2**63 - 1),
+        (small, "--labels", 10),
+        (tiny, "--labels", 20, "--batch-size", 1),
+    ]
+    for k, (path, *extreme) in enumerate(cases):
         run("--dataset", path, "--epochs", 1, *extreme, "--out-dir", tmp_path / str(k))
 
 
@@ -1878,13 +1876,15 @@ def test_precision(small, tmp_path):
         assert json.loads((out / "results.json").read_text())["precision"] == precision
 
 
-def test_help_names_every_option():
-    text = command("--help").stdout
-    options = "model dataset labels m1-epochs m1 seed recipe"
-    settings = [name.replace("_", "-") for name in ssvae.SETTINGS]
-    options = [*options.split(), *settings, "device", "data-dir", "out-dir", "resume", "overwrite"]
-    for option in options:
-        assert f"--{option}" in text
+def test_readme_and_help_name_the_same_options():
+    """Every option in README exists, and every option but the settings is in its table."""
+    known = set(re.findall(r"(?<=[ \[])--[a-z][a-z0-9-]+", command("--help").stdout))
+    readme = (HERE / "README.md").read_text()
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", readme)) <= known
+    table = readme.split("\n## Options\n")[1].split("\n## ")[0]
+    settings = {"--" + name.replace("_", "-") for name in ssvae.SETTINGS}
+    assert settings <= known
+    assert known - settings - {"--help"} <= set(re.findall(r"(?<=`)--[a-z][a-z0-9-]+", table))
 
 
 def test_auto_falls_back_on_glyphs_and_says_so(tmp_path, monkeypatch, capsys):
@@ -1945,6 +1945,7 @@ def test_readme_python_runs(small, tmp_path, monkeypatch, capsys):
     """README's lines for a trained model, with another path: distributions over classes, bounds."""
     out = tmp_path / "runs" / "m2-mnist-100-0"
     run(*quick("m2"), "--dataset", small, "--out-dir", out, "--no-images")
+    assert not list(out.glob("*.png"))
     monkeypatch.chdir(tmp_path)
     namespace = {}
     lines = (HERE / "README.md").read_text().split("```python\n")[1].split("```")[0]
