@@ -197,7 +197,7 @@ def test_M1_objective_weighs_the_KL_alone(fixed_noise):
     log_p = D.Bernoulli(logits=m1.p_x(mu + 0.3 * q.scale)).log_prob(x).sum(1)
     kl = D.kl_divergence(q, prior).sum(1)
     for done, weight in ((0.0, 0.0), (0.05, 0.075), (0.1, 0.15), (0.9, 0.3)):
-        found = m1.objective(None, None, x, 0, ssvae.fade_in(done, 0.2), {"beta": 0.3})
+        found = m1.objective(None, None, x, 0, 1, ssvae.fade_in(done, 0.2), {"beta": 0.3})
         assert_equal_with_gradients(found, (weight * kl - log_p).mean(), m1)
     assert ssvae.fade_in(0.0, 0.0) == 1.0
 
@@ -345,7 +345,7 @@ def test_objective_is_J_alpha_and_what_is_added(fixed_noise, monkeypatch):
     m2 = small_m2()
     x, y = (torch.rand(7, 6) < 0.5).float(), torch.tensor([0, 1, 2])
     x_l, x_u = x[:3], x[3:]
-    s = {"alpha": 0.7, "balance": 0.3, "smooth": 0.0}
+    s = {"alpha": 0.7, "balance": 0.3, "smooth": 0.0, "trust": 0}
     p, mean_q = D.Categorical(logits=torch.zeros(3)), D.Categorical(m2.q_y(x_u).softmax(-1).mean(0))
     kl = D.kl_divergence(p, mean_q)
     torch.testing.assert_close(m2.imbalance(m2.log_q_y(x_u).repeat(100, 1)), kl)
@@ -353,17 +353,23 @@ def test_objective_is_J_alpha_and_what_is_added(fixed_noise, monkeypatch):
     for fade in (1.0, 0.3, torch.tensor(0.3)):
         oracle = m2.J_alpha(x_l, y, x_u, m2.log_q_y(x), 0.5, 0.7)
         oracle = oracle - (1 - fade) * 0.5 * m2.U(x_u).mean() + balance
-        assert_equal_with_gradients(m2.objective(x_l, y, x_u, 0.5, fade, s), oracle, m2)
+        assert_equal_with_gradients(m2.objective(x_l, y, x_u, 20, 20, fade, s), oracle, m2)
     start = 0.5 * m2.L(x_l, y).mean() + 0.7 * F.cross_entropy(m2.q_y(x_l), y) + balance
-    torch.testing.assert_close(m2.objective(x_l, y, x_u, 0.5, 0.0, s), start)
+    torch.testing.assert_close(m2.objective(x_l, y, x_u, 20, 20, 0.0, s), start)
     rough = lambda seen, log_q, distance: distance * (log_q[:, 0] + seen.sum(1))
     monkeypatch.setattr(m2, "roughness", rough)
     added = 0.2 * (m2.log_q_y(x)[:, 0] + x.sum(1)).mean()
     s["smooth"] = 0.2
-    found = torch.stack([m2.objective(x_l, y, x_u, 0.5, 0.0, s) for _ in range(400)])
+    found = torch.stack([m2.objective(x_l, y, x_u, 20, 20, 0.0, s) for _ in range(400)])
     twice = (found - start).abs() > added.abs()
     torch.testing.assert_close(found, start + 2 * added * twice)
     assert 150 < twice.sum() < 250
+    s["trust"] = 4  # of 20 labels: all that is added to L and U weighs five times as much
+    start = start + 4 * (0.7 * F.cross_entropy(m2.q_y(x_l), y) + balance)
+    found = torch.stack([m2.objective(x_l, y, x_u, 20, 20, 0.0, s) for _ in range(40)])
+    twice = (found - start).abs() > added.abs()
+    torch.testing.assert_close(found, start + 10 * added * twice)
+    assert 5 < twice.sum() < 35
 
 
 def test_roughness_against_a_search_over_all_directions():
@@ -481,11 +487,11 @@ def test_stack_objective_by_hand(fixed_noise, monkeypatch, sees):
     assert stack.train().m2.training and not m1.training
     stack.eval()
     x_l, x_u, y = torch.rand(3, 6), torch.rand(4, 6), torch.tensor([0, 1, 2])
-    s = {"alpha": 0.7, "balance": 0.5, "smooth": 0.1, "classifier_sees": sees}
+    s = {"alpha": 0.7, "balance": 0.5, "smooth": 0.1, "trust": 1, "classifier_sees": sees}
     rough = lambda seen, log_q, distance: distance * (seen.sum(1) + log_q[:, 0])
     monkeypatch.setattr(m2, "roughness", rough)
     monkeypatch.setattr(torch, "rand", lambda size: torch.zeros(size))  # the coin: with weight 2
-    found = stack.objective(stack.encode(x_l), y, stack.encode(x_u), 0.2, 0.3, s)
+    found = stack.objective(stack.encode(x_l), y, stack.encode(x_u), 1, 4, 0.3, s)
     means, draws = [], []
     for x in (x_l, x_u):
         mu, logvar = (part[:, [0, 2]] for part in m1.q_z(x).chunk(2, -1))
@@ -513,7 +519,7 @@ def test_losses_and_gradients_stay_finite(fill, size, bf16):
     """All-black and all-white images, tiny minibatches, certain classifiers, both precisions."""
     torch.manual_seed(0)
     x, y = torch.full((size, 20), fill), torch.arange(size) % 2
-    s = {"alpha": 1.0, "beta": 1.0, "balance": 1.0, "smooth": 1.0}
+    s = {"alpha": 1.0, "beta": 1.0, "balance": 1.0, "smooth": 1.0, "trust": 0}
     s["classifier_sees"] = "mean"
     m1, m2 = M1(20, 3, (8,)), M2(20, 2, 3, (8,), threshold=0.01)
     m2.q_y[-1].bias.data = torch.tensor([1e4, -1e4])
@@ -521,7 +527,7 @@ def test_losses_and_gradients_stay_finite(fill, size, bf16):
     for model in (m1, m2, stack):
         seen = model.encode(x) if model is stack else x
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = sum(model.objective(seen, y, seen, 0.5, 1.0, s) for _ in range(8))
+            loss = sum(model.objective(seen, y, seen, 1, 1, 1.0, s) for _ in range(8))
             found = [*m1.encode(x), *m2.encode(x, y), m2.log_q_y(x)]
             found += [model.bound(x), model.log_weight(x)]  # bfloat16 is for the products alone
             assert all(value.dtype == torch.float32 for value in found)
@@ -557,9 +563,9 @@ def test_shapes_and_settings_at_random(seed):
     assert (ssvae.kl_gaussian(mu, logvar) > -1e-6).all()
     if likelihood == "bernoulli":  # probabilities: every term of the bound is a cost
         assert (m1.J(x) > 0).all() and (m2.L(x, y) > 0).all()
-    s = {"alpha": 1.0, "beta": 1.0, "balance": 1.0, "smooth": 2.0 * (seed % 3)}
+    s = {"alpha": 1.0, "beta": 1.0, "balance": 1.0, "smooth": 2.0 * (seed % 3), "trust": seed % 2}
     for model in (m1, m2):
-        model.objective(x, y, x, 0.5, float(rng.random()), s).backward()
+        model.objective(x, y, x, 5, 5, float(rng.random()), s).backward()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
@@ -584,7 +590,7 @@ def test_no_tensor_is_left_on_the_cpu(recipe, likelihood):
         labelled = seen[:0] if name == "m1" else seen
         model.train()
         for _ in range(8):  # half of them, at random, have a roughness
-            loss = model.objective(labelled, y, seen, 0.1, 0.1, s)
+            loss = model.objective(labelled, y, seen, 1, 9, 0.1, s)
             loss.backward()
         model.eval()
         if name == "m1":
@@ -1192,7 +1198,7 @@ def numbered_images(path):
 
 def test_the_loop_hands_the_right_things_to_the_objective(tmp_path, monkeypatch):
     """Every unlabelled image once per epoch, in a new order and with new draws; labelled ones with
-    their labels; and N / (N + M), how far U is faded in, the step size and the precision of each
+    their labels; and N, M, how far U is faded in, the step size and the precision of each
     step."""
     index = numbered_images(tmp_path / "own.npz")
     optimizers, steps = [], []
@@ -1215,8 +1221,8 @@ def test_the_loop_hands_the_right_things_to_the_objective(tmp_path, monkeypatch)
         "--precision", "bfloat16", "--device", "cpu", "--out-dir", tmp_path / "run")  # fmt: skip
     assert len(steps) == 12  # 60 unlabelled images, 10 at a time, twice
     labelled = set()
-    for k, (x_l, y_l, x_u, share_l, fade, _, lr) in enumerate(steps):
-        assert (len(x_l), len(x_u), share_l) == (8, 10, 0.4)
+    for k, (x_l, y_l, x_u, N, M, fade, _, lr) in enumerate(steps):
+        assert (len(x_l), len(x_u), N, M) == (8, 10, 40, 60)
         assert fade == pytest.approx(min(1, k / 9))
         assert lr == pytest.approx(0.01 * (1 - 0.5 * k / 12))
         assert torch.equal(y_l, index(x_l) % 2)
@@ -1252,7 +1258,7 @@ def test_what_each_model_trains_on(tmp_path, monkeypatch, model):
         "--out-dir", path.parent, *more)  # fmt: skip
     n = len(steps) // 2
     fades = [min(1, k / (0.75 * 2 * n)) for k in range(2 * n)]
-    assert [step[4] for step in steps] == pytest.approx(fades)
+    assert [step[5] for step in steps] == pytest.approx(fades)
     seen = torch.cat([step[2] for step in steps[:n]])
     if model == "m1+m2":
         saved = ssvae.load_saved(path, "cpu")
@@ -1970,7 +1976,7 @@ def test_classes_can_be_pasted_elsewhere():
     )
     imports += "\nimport torch.nn.functional as F\n"
     x, y = (torch.rand(50, 20) < 0.5).float(), torch.arange(50) % 2
-    s = {"alpha": 1.0, "beta": 1.0, "balance": 1.0, "smooth": 1.0}
+    s = {"alpha": 1.0, "beta": 1.0, "balance": 1.0, "smooth": 1.0, "trust": 0}
     s["classifier_sees"] = "mean"
     for pasted, make in (
         (m1, "M1(20, 3, (8,))"),
@@ -1985,7 +1991,7 @@ def test_classes_can_be_pasted_elsewhere():
         losses = []
         seen = model.eval().train().encode(x) if "M1M2" in make else x
         for _ in range(100):
-            loss = model.objective(seen, y, seen, 0.5, 1.0, s)
+            loss = model.objective(seen, y, seen, 1, 1, 1.0, s)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -2034,7 +2040,7 @@ def trainable(model, recorded=False):
 
     def gradients():
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = net.objective(x_l, y[: len(x_l)], x_u, 0.002, 1.0, s)
+            loss = net.objective(x_l, y[: len(x_l)], x_u, 100, 49_900, 1.0, s)
         optimizer.zero_grad()
         loss.backward()
 
