@@ -570,8 +570,8 @@ class M2(nn.Module):
         # their weight is 0, but BatchNorm sees them.
         n_l = len(x_l)
         certain = 1e4 * (F.one_hot(y_l, self.y_dim) - 1)
-        x, q = torch.cat([x_l, x_u]), torch.cat([certain, log_q[n_l:]])
-        L, U = self.U(x, q, self.threshold).split([n_l, len(x_u)])
+        x, log_q_x = torch.cat([x_l, x_u]), torch.cat([certain, log_q[n_l:]])
+        L, U = self.U(x, log_q_x, self.threshold).split([n_l, len(x_u)])
         classification = F.nll_loss(log_q[:n_l], y_l)
         return share_l * L.mean() + alpha * classification + (1 - share_l) * weight_u * U.mean()
 
