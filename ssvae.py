@@ -2054,13 +2054,16 @@ def reproduce(args: argparse.Namespace) -> None:
             N = begun["settings"]["labels"] if begun else args.labels[0]
             own = {} if args.model == "m1" else dict.fromkeys(SETTINGS) | {"epochs": args.m1_epochs}
             seconds += go(shared.parent, "m1", N, seed, **own)["seconds"]
+        new = False
         for N, model in itertools.product(args.labels, models):
-            m1 = None if model == "m2" else shared
-            runs.append(go(folder / f"{model}-{N}-{seed}", model, N, seed, m1))
+            out = folder / f"{model}-{N}-{seed}"
+            new |= not os.path.exists(out / "results.json")
+            runs.append(go(out, model, N, seed, None if model == "m2" else shared))
             seconds, done = seconds + runs[-1]["seconds"], len(runs)
             left = seconds / done * (total - done) / 60
             print(f"{done} of {total} runs done, about {left:.0f} minutes left\n", flush=True)
-        table = write_table(folder, runs)  # of the seeds that are done
+        if new or done == total:  # else an interrupted repetition would cut a finished table short
+            table = write_table(folder, runs)
     print(f"\n{table}\nWritten to {folder}/")
 
 

@@ -9,6 +9,7 @@ Tests on real MNIST need SSVAE_DATA_DIR, a torchvision root, and are skipped wit
 import contextlib
 import csv
 import io
+import itertools
 import json
 import os
 import pickle
@@ -17,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -1858,6 +1858,16 @@ def test_reproduce_continues_and_makes_the_table(small, tmp_path, capsys, monkey
         assert (tmp_path / "table.json").read_text() == finished
     run(*line)
     assert (tmp_path / "table.json").read_text() == finished
+    calls, go = itertools.count(), ssvae.train_and_evaluate
+
+    def interrupted(args):  # in the second seed
+        if next(calls) == 9:
+            raise KeyboardInterrupt
+        return go(args)
+
+    monkeypatch.setattr(ssvae, "train_and_evaluate", interrupted)
+    run(*line, code=130)
+    assert (tmp_path / "table.json").read_text() == finished
 
 
 @pytest.mark.parametrize(
@@ -1970,7 +1980,7 @@ def test_classes_can_be_pasted_elsewhere():
     source = (HERE / "ssvae.py").read_text()
     heads = ["\n# 2. BUILDING", "\n# 3. M1:", "\n# 4. M2:", "\n# 5. M1+M2:", "\n# 6. CLASSIFIERS"]
     cuts = [source.index(head) for head in heads]
-    blocks, m1, m2, stack = (source[a:b] for a, b in pairwise(cuts))
+    blocks, m1, m2, stack = (source[a:b] for a, b in itertools.pairwise(cuts))
     imports = (
         "import math\nfrom typing import NamedTuple\nimport torch\nfrom torch import Tensor, nn"
     )
