@@ -100,27 +100,26 @@ SETTINGS = {
     # name: fast (m1, m2, m1+m2; None: it has none), paper (likewise), range or choices, meaning
     "epochs": ((50, 40, 45), (3000, 3000, 3000), (1,),
                "passes over the unlabelled images (M1: all images)"),
-    "batch_size": ((500, 500, 500), (500, 500, 500), (1,), "unlabelled images in a minibatch"),
+    "batch_size": ((500, 500, 500), (500, 500, 500), (2,), "unlabelled images in a minibatch"),
     "batch_labelled": ((None, 100, 100), (None, 0, 0), (0,),
                        "labelled images beside them; 0: batch_size times N/M, at least 1"),
     "lr": ((3e-3, 2e-3, 3e-3), (3e-4, 3e-4, 3e-4), (1e-99,), "Adam's initial step size"),
     "lr_decay": ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (0.0, 1.0),
                  "part of lr that is lost, linearly, in the course of training"),
-    "z_dim": ((50, 10, 50), (50, 50, 50), (1, 9999),
+    "z_dim": ((50, 50, 50), (50, 50, 50), (1, 9999),
               "dimensions of z (z2 in m1+m2); 2: styles.png is drawn"),
     "hidden": (((1000, 1000), (500, 500), (500, 500)), ((600, 600), (500, 500), (500,)), (1, 9999),
                "units in the hidden layers of every network"),
     "activation": (("relu", "relu", "relu"), ("softplus", "softplus", "softplus"),
                    ("relu", "softplus"), "of the hidden layers"),
-    # On pixels, batch normalisation in q(z|x,y) and p(x|y,z) gives a better bound but a worse
-    # classifier; on z1 it is needed, or z2 collapses (see M1.objective).
-    "batch_norm": (("all", "q_y", "all"), ("none", "none", "none"), ("all", "none", "q_y"),
+    # M1 and the stack's M2 need it, or z and z2 collapse (see M1.objective); M2 on pixels does not.
+    "batch_norm": (("all", "none", "all"), ("none", "none", "none"), ("all", "none", "q_y"),
                    "networks with batch normalisation; q_y: the classifier alone"),
     "init_std": ((0.0, 0.0, 0.0), (0.0, 0.001, 0.001), (0.0,),
                  "standard deviation of initial weights; 0: PyTorch's, 0.5 in M2's y tables"),
     "weight_prior": ((0.0, 0.0, 0.0), (0.0, 1.0, 1.0), (0.0,),
                      "v > 0: N(0, I / v) is the prior of the weights; 0: none (see train)"),
-    "dropout": ((None, 0.2, 0.0), (None, 0.0, 0.0), (0.0, 0.99), "in the classifier"),
+    "dropout": ((None, 0.0, 0.0), (None, 0.0, 0.0), (0.0, 0.99), "in the classifier"),
     "alpha": ((None, 10.0, 1.0), (None, 0.1, 0.1), (0.0,),
               "weight of the mean classification loss (see WHAT ALPHA IS)"),
     "balance": ((None, 5.0, 5.0), (None, 0.0, 0.0), (0.0,),
@@ -156,14 +155,14 @@ DATASETS = {
         # With beta = 0.3 M1 uses 36 dimensions, not 13, and its features say more about the class.
         # (Eq. 5's bound is worse; but in the stack M2 is the prior of z1, not eq. 5's N(0, I).)
         "m1": {"epochs": 30, "hidden": (600, 600), "beta": 0.3, "ramp": 0.5},
-        "m2": {"z_dim": 50, "dropout": 0.5, "smooth": 0.0},
+        "m2": {"batch_norm": "q_y", "dropout": 0.5, "smooth": 0.0},
         "m1+m2": {"epochs": 40, "dropout": 0.5, "smooth": 0.0, "trust": 0.0},
     },
     # SVHN's classes are not equally frequent (1: 19 %, 9: 6 %), yet the models keep p(y) = 1/K: a
     # prior may be wrong and the bounds still hold; it shifts a posterior's log-odds by at most
     # about log 3 = 1.1 nats. The balance, however, would enforce 1/K; so it is left out.
-    "svhn": {"labels": 1000, "m2": {"balance": 0.0, "z_dim": 50}, "m1+m2": {"balance": 0.0}},
-    "norb": {"labels": 1000, "likelihood": "gaussian", "m2": {"z_dim": 50}},
+    "svhn": {"labels": 1000, "m2": {"balance": 0.0}, "m1+m2": {"balance": 0.0}},
+    "norb": {"labels": 1000, "likelihood": "gaussian"},
     # M1's 1-NN error is no lower after 30 epochs than after 15.
     "glyphs": {"m1": {"epochs": 15, "hidden": (600, 600)}},
 }
@@ -251,43 +250,6 @@ LIKELIHOODS = {
 }
 
 
-class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation over [B, D]; a minibatch of one is normalised by running statistics.
-
-    In training, p(x|z) depends on the other images of the minibatch, so minus the loss is not
-    exactly a bound on each image's log p(x). (That q depends on them is no problem: any q gives a
-    bound.) In evaluation only running statistics are used, and it is a bound.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if len(x) > 1:
-            return super().forward(x)
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
-
-
-def random_integers(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Integers uniform over a dtype's range, of the shape of like. For speed alone: on CPUs, drawn
-    eight bytes at a time, they take a small part of the time of as many floats."""
-    if like.device.type != "cpu":
-        low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max + 1
-        return torch.randint(low, high, like.shape, dtype=dtype, device=like.device)
-    n = like.numel()
-    eights = torch.randint(-(2**63), 2**63 - 1, (n * dtype.itemsize // 8 + 1,))
-    return eights.view(dtype)[:n].view(like.shape)
-
-
-class Dropout(nn.Dropout):
-    """Dropout by random bytes, for speed alone (a third of nn.Dropout's time on a CPU): p is
-    rounded to a multiple of 1/256."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        p = round(256 * self.p)
-        keep = random_integers(x, torch.uint8) >= p
-        return x * (keep.to(x.dtype) * (256 / (256 - p)))
-
-
 ACTIVATIONS = {"relu": nn.ReLU, "softplus": nn.Softplus}  # softplus(h) = log(1 + exp(h))
 
 
@@ -295,12 +257,15 @@ def mlp(inputs, *sizes, batch_norm="all", activation="relu", dropout=0.0, init_s
     """Multilayer perceptron with this many inputs and layers of these sizes, the last the output.
 
     init_std > 0: weights are drawn from N(0, init_std^2) and biases are 0.
+    batch_norm "all": in training, p(x|z) then depends on the other images of the minibatch, so
+    minus the loss is not exactly a bound on each image's log p(x). (That q depends on them is no
+    problem: any q gives a bound.) In evaluation only running statistics are used, and it is one.
     """
     *hidden, outputs = sizes
     layers = []
     for units in hidden:
-        norm = [BatchNorm(units)] if batch_norm == "all" else []
-        noise = [Dropout(dropout)] if dropout else []
+        norm = [nn.BatchNorm1d(units)] if batch_norm == "all" else []
+        noise = [nn.Dropout(dropout)] if dropout else []
         layers += [nn.Linear(inputs, units), *norm, ACTIVATIONS[activation](), *noise]
         inputs = units
     layers.append(nn.Linear(inputs, outputs))
@@ -382,7 +347,7 @@ class M1(nn.Module):
 
     def bound(self, x: Tensor) -> Tensor:
         """-J(x), [B], nats per image: <= log p(x) on average over its draw of z, in evaluation mode
-        (see BatchNorm)."""
+        (see mlp)."""
         return -self.J(x)
 
     def log_weight(self, x: Tensor, log_p_z=log_standard) -> Tensor:
@@ -562,12 +527,13 @@ class M2(nn.Module):
 
         The N labelled images are few, so a minibatch may hold more than their share. The means of L
         and U are therefore weighted by their shares of the whole set, not of the minibatch. With
-        weight_u = 1 and threshold 0 this estimates J^alpha / (N + M), apart from BatchNorm.
+        weight_u = 1 and threshold 0 this estimates J^alpha / (N + M) (but for batch normalisation:
+        see mlp).
         """
         # L and U in one call, with one set of batch statistics: eq. 6 is eq. 7 with a q that is
         # certain of the label. Its log q is 0 there, -1e4 elsewhere (with log 0, 0 log 0 would be
         # NaN). At threshold 0 this also computes the labelled images' L for the other classes:
-        # their weight is 0, but BatchNorm sees them.
+        # their weight is 0, but batch normalisation sees them.
         n_l = len(x_l)
         certain = 1e4 * (F.one_hot(y_l, self.y_dim) - 1)
         x, log_q_x = torch.cat([x_l, x_u]), torch.cat([certain, log_q[n_l:]])
@@ -610,8 +576,7 @@ class M2(nn.Module):
         gradient of the KL at delta. (Only an estimate: our delta is not small, as a tiny one would
         drown in bfloat16's rounding, and with batch normalisation each q also depends on the other
         images' delta.) The first q(y|x) is held constant: q(y|x+delta) is to move to it, not the
-        other way round. With dropout the two have different masks: the KL is above 0 even at
-        delta = 0, the direction is less exact, and q(y|x) also learns to depend less on the mask.
+        other way round.
         """
         log_q = log_q.detach()
         # Batch normalisation would put x + delta into the running statistics, by which images are
@@ -638,30 +603,24 @@ class M2(nn.Module):
 
         The failure to avoid: q(y|x) soon fits the few labels and is certain everywhere, right or
         wrong. Eq. 7 weights L(x,y) by q(y|x), so the generative model then learns the wrong class,
-        and teaches it back. The fast recipe has seven remedies that the paper lacks, M2 all but
-        (7), the stack all but (2) and (6). (What they are worth: COMMON MISTAKES, at the end of 9,
-        and README.)
+        and teaches it back. The fast recipe has five remedies that the paper lacks (M2 all but
+        (5)). What they are worth: COMMON MISTAKES, at the end of 9, and README.
         (1) U fades in: over the first s["ramp"] of training its weight goes from 0 to 1, so q(y|x)
         learns from the labels before it learns from a generative model that knows nothing yet. (The
         generative model itself learns from U almost at once: in its gradient even a small weight of
         U soon outweighs L's, N / (N + M), 0.002 for 100 of 50,000, and Adam's steps hardly depend
         on the gradient's scale.) Once the weight is 1, minus the loss is a lower bound, as -J^alpha
-        is (but see BatchNorm), since all else that is added is >= 0. self.bound is always eq. 7's.
-        (2) Dropout keeps q(y|x) from fitting the labels too closely. (With (5), it shows no gain:
-        README.)
-        (3) An alpha above the paper's keeps the labels from being outvoted by the many guesses. And
+        is (but see mlp), since all else that is added is >= 0. self.bound is always eq. 7's.
+        (2) An alpha above the paper's keeps the labels from being outvoted by the many guesses. And
         a minibatch has 100 labelled images, where in proportion it would have one. (M2's test error
         after 15 epochs: 3.4 %, with one 12.8 %: README.)
-        (4) No class may swallow another: balance times imbalance (of x_u) is added in full from the
+        (3) No class may swallow another: balance times imbalance (of x_u) is added in full from the
         start, because classes are swallowed early.
-        (5) A boundary near an image costs: the mean of roughness over the minibatch is added with
+        (4) A boundary near an image costs: the mean of roughness over the minibatch is added with
         weight 1 (s["smooth"] is its distance). To save time, this is done with weight 2 in a random
         half of the steps instead. (On device cuda in every step, with weight 1: in a recording a
         coin would always fall the same way.)
-        (6) On MNIST's pixels z has few dimensions, so that y, not z, has to carry the class. (With
-        5, 10 and 50 dimensions, without roughness, seed 0 alone: validation error 6.6, 4.1 and
-        6.0 % after 40 epochs; with it, 10 show no gain over 50: README.)
-        (7) In the stack, many labels overrule U. U teaches q(y|x) the generative model's answer
+        (5) In the stack, many labels overrule U. U teaches q(y|x) the generative model's answer
         r(y). With 100 labels that is a better teacher than they are; with 3000 a worse one: it errs
         on 2.4 % of the validation images, a q(y|.) trained without U on 1.6 %. So for N above
         s["trust"], all that is added to L and U is multiplied by g = N / s["trust"]. Else g = 1.
@@ -746,7 +705,7 @@ class M2(nn.Module):
 # What two stages give up: the bound is still a bound, but no longer maximised over all parameters
 # together; q(z1|x) was fitted to another prior and does not learn of the classes.
 # What U is worth here: it teaches q(y|.) to agree with r(y), M2's Bayes' rule. That lowers the
-# error with 100 labels, but not with 3000: so (7) in M2.objective.
+# error with 100 labels, but not with 3000: so (5) in M2.objective.
 
 
 class M1M2(nn.Module):
@@ -1004,6 +963,15 @@ def in_chunks(f, images: Tensor, size=200) -> Tensor:
     return torch.cat([f(pixels(chunk)) for chunk in images.split(size)])
 
 
+def random_int16(like: Tensor) -> Tensor:
+    """Integers uniform over int16, of the shape of like. For speed alone: on CPUs, drawn eight
+    bytes at a time, they take a small part of the time of as many floats."""
+    if like.device.type != "cpu":
+        return torch.randint(-(2**15), 2**15, like.shape, dtype=torch.int16, device=like.device)
+    eights = torch.randint(-(2**63), 2**63 - 1, (like.numel() // 4 + 1,))
+    return eights.view(torch.int16)[: like.numel()].view(like.shape)
+
+
 def observe(images: Tensor, likelihood: str) -> Tensor:
     """Draw the x that the models see from stored images: [B, D] -> [B, D] float32.
 
@@ -1013,7 +981,7 @@ def observe(images: Tensor, likelihood: str) -> Tensor:
     """
     x = pixels(images)
     if likelihood == "bernoulli":  # 16 random bits, for speed: probabilities are good to 1/65536
-        x = (random_integers(x, torch.int16) < 65536 * x - 32768).float()
+        x = (random_int16(x) < 65536 * x - 32768).float()
     return x
 
 
