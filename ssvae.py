@@ -982,7 +982,7 @@ def observe(images: Tensor, likelihood: str) -> Tensor:
     image, and every epoch sees fresh ones. Gaussian: x is what is stored.
     """
     x = pixels(images)
-    if likelihood == "bernoulli":  # 16 random bits, for speed: probabilities are good to 1/65536
+    if likelihood == "bernoulli":  # by 16 random bits: probabilities are good to 1/65536
         x = (random_int16(x) < 65536 * x - 32768).float()
     return x
 
