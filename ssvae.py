@@ -626,7 +626,7 @@ class M2(nn.Module):
         s["trust"], all that is added to L and U is multiplied by c = N / s["trust"]. Else c = 1.
 
         Within L and U, unlike in M1, z's KL never fades in, so of M2's 50 dimensions of z only 9 to
-        16 stay in use (N = 100, seeds 0 to 7). Given 10, a ramp kept all in use and gave a better
+        17 stay in use (N = 100, seeds 0 to 4). Given 10, a ramp kept all in use and gave a better
         bound, but no better q(y|x).
         """
         seen = torch.cat([x_l, x_u]) if seen is None else seen
@@ -1423,7 +1423,7 @@ def active_dimensions(features: Tensor) -> Tensor:
 # COMMON MISTAKES and missing terms, and what each does. Figures are test errors on MNIST, N = 100,
 # after ten epochs, seed 0 (float32, one thread, the line in question changed; commits: M2 b3cef93,
 # M1 d3a1d7e). Ten epochs are few, and chance still rules: unchanged, M2 has 6.0, 3.4 and 5.6 % with
-# seeds 0, 1 and 2 (after forty 2.3, 1.6 and 2.0). So read nothing into a few percentage points.
+# seeds 0, 1 and 2 (after 32 1.9, 1.9 and 2.1). So read nothing into a few percentage points.
 # Some of these mistakes are settings of the paper, whose recipe gives them 3000 epochs.
 # M2 as it is, --model m2 --epochs 10: the bound is -104 nats                                  6.0 %
 #   without alpha's term (--alpha 0): labels reach q(y|x) only through L, then U              34.8 %
