@@ -132,7 +132,7 @@ SETTINGS = {
     "ramp": ((0.15, 0.5, 0.5), (0.0, 0.0, 0.0), (0.0, 1.0),
              "part of training in which M1's KL or M2's U fades in (see their objective)"),
     "threshold": ((None, 0.01, 0.01), (None, 0.0, 0.0), (0.0, 1.0),
-                  "U skips classes with q(y|x) below it (or 1/(2K), if less); default off CPUs: 0"),
+                  "U skips classes with q(y|x) below it (or 1/(2K), if less); default on GPUs 0"),
     "classifier_sees": ((None, None, "mean"), (None, None, "draw"), ("mean", "draw"),
                         "the stack's q(y|x) is given the mean of q(z1|x) or the draw z1"),
     "classifier": (("tsvm", None, None), ("tsvm", None, None), ("tsvm", "knn"),
@@ -1423,7 +1423,7 @@ def active_dimensions(features: Tensor) -> Tensor:
 # COMMON MISTAKES and missing terms, and what each does. Figures are test errors on MNIST, N = 100,
 # after ten epochs, seed 0 (float32, one thread, the line in question changed; commits: M2 b3cef93,
 # M1 d3a1d7e). Ten epochs are few, and chance still rules: unchanged, M2 has 6.0, 3.4 and 5.6 % with
-# seeds 0, 1 and 2 (after 32 1.9, 1.9 and 2.1). So read nothing into a few percentage points.
+# seeds 0, 1, 2 (after all 32 epochs 1.9, 1.9, 2.1). So read nothing into a few percentage points.
 # Some of these mistakes are settings of the paper, whose recipe gives them 3000 epochs.
 # M2 as it is, --model m2 --epochs 10: the bound is -104 nats                                  6.0 %
 #   without alpha's term (--alpha 0): labels reach q(y|x) only through L, then U              34.8 %
