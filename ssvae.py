@@ -102,7 +102,7 @@ SETTINGS = {
                "passes over the unlabelled images (M1: all images)"),
     "batch_size": ((500, 500, 500), (500, 500, 500), (2,), "unlabelled images in a minibatch"),
     "batch_labelled": ((None, 100, 100), (None, 0, 0), (0,),
-                       "labelled images beside them; 0: batch_size * N/M, at least 1 (2 with batch_norm)"),
+                       "labelled images beside them; 0: N/M times batch_size, at least 1 (batch_norm: 2)"),
     "lr": ((3e-3, 2e-3, 3e-3), (3e-4, 3e-4, 3e-4), (1e-99,), "Adam's initial step size"),
     "lr_decay": ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (0.0, 1.0),
                  "part of lr that is lost, linearly, in the course of training"),
