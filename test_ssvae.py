@@ -472,7 +472,8 @@ def test_stack_objective_by_hand(fixed_noise, monkeypatch, sees):
     rough = lambda seen, log_q, distance: distance * (seen.sum(1) + log_q[:, 0])
     monkeypatch.setattr(m2, "roughness", rough)
     monkeypatch.setattr(torch, "rand", lambda size: torch.zeros(size))  # the coin: with weight 2
-    found = stack.objective(stack.encode(x_l), y, stack.encode(x_u), 1, 4, 0.3, s)
+    encode = lambda x: torch.cat(stack.encode(x), 1)
+    found = stack.objective(encode(x_l), y, encode(x_u), 1, 4, 0.3, s)
     means, draws = [], []
     for x in (x_l, x_u):
         mu, logvar = (part[:, [0, 2]] for part in m1.q_z(x).chunk(2, -1))
@@ -506,7 +507,7 @@ def test_losses_and_gradients_stay_finite(fill, size, bf16):
     m2.q_y[-1].bias.data = torch.tensor([1e4, -1e4])
     stack = M1M2(M1(20, 3, (8,)), M2(3, 2, 1, (8,), likelihood="gaussian"), torch.arange(3)).train()
     for model in (m1, m2, stack):
-        seen = model.encode(x) if model is stack else x
+        seen = torch.cat(model.encode(x), 1) if model is stack else x
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = sum(model.objective(seen, y, seen, 1, 1, 1.0, s) for _ in range(8))
             found = [*m1.encode(x), *m2.encode(x, y), m2.log_q_y(x)]
@@ -567,7 +568,7 @@ def test_no_tensor_is_left_on_the_cpu(recipe, likelihood):
         s |= {"threshold": 0.0} if "threshold" in s else {}
         model = ssvae.assemble(s, data, active=torch.arange(5, **on) if name == "m1+m2" else None)
         x = ssvae.observe(images, likelihood)
-        seen = ssvae.in_chunks(model.encode, images) if name == "m1+m2" else x
+        seen = torch.cat(model.encode(x), 1) if name == "m1+m2" else x
         labelled = seen[:0] if name == "m1" else seen
         model.train()
         for _ in range(8):  # half of them, at random, have a roughness
@@ -1226,9 +1227,8 @@ def test_what_each_model_trains_on(tmp_path, monkeypatch, model):
     assert [step[5] for step in steps] == pytest.approx(fades)
     seen = torch.cat([step[2] for step in steps[:n]])
     if model == "m1+m2":
-        saved = ssvae.load_saved(path, "cpu")
-        data = ssvae.load_data(str(tmp_path / "own.npz"), tmp_path, 40, 0, "cpu", saved)
-        encoded = ssvae.rebuild(path, saved, data).encode(ssvae.pixels(data.x_u))
+        net, data, _ = ssvae.load_model(path, tmp_path, "cpu")
+        encoded = torch.cat(net.encode(ssvae.pixels(data.x_u)), 1)
         apart = (seen[:, None] - encoded).abs().amax(2)  # [seen, image]
         assert apart.amin(1).max() < 1e-4 and len(apart.argmin(1).unique()) == 60
     else:
@@ -1935,13 +1935,11 @@ def test_readme_python_runs(small, tmp_path, monkeypatch, capsys):
 def test_classes_can_be_pasted_elsewhere():
     """The building blocks and one class at a time, in a namespace with torch alone."""
     source = (HERE / "ssvae.py").read_text()
-    heads = ["\n# 2. BUILDING", "\n# 3. M1:", "\n# 4. M2:", "\n# 5. M1+M2:", "\n# 6. CLASSIFIERS"]
+    heads = ["\n# 1. BUILDING", "\n# 2. M1:", "\n# 3. M2:", "\n# 4. M1+M2:", "\n# 5. CLASSIFIERS"]
     cuts = [source.index(head) for head in heads]
     blocks, m1, m2, stack = (source[a:b] for a, b in itertools.pairwise(cuts))
-    imports = (
-        "import math\nfrom typing import NamedTuple\nimport torch\nfrom torch import Tensor, nn"
-    )
-    imports += "\nimport torch.nn.functional as F\n"
+    imports = "import math\nimport torch\nfrom torch import Tensor, nn\n"
+    imports += "import torch.nn.functional as F\n"
     x, y = (torch.rand(50, 20) < 0.5).float(), torch.arange(50) % 2
     s = {"alpha": 1.0, "beta": 1.0, "balance": 1.0, "smooth": 1.0, "trust": 0}
     s["classifier_sees"] = "mean"
@@ -1956,7 +1954,7 @@ def test_classes_can_be_pasted_elsewhere():
         model = eval(make, namespace)
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
         losses = []
-        seen = model.eval().train().encode(x) if "M1M2" in make else x
+        seen = torch.cat(model.eval().train().encode(x), 1) if "M1M2" in make else x
         for _ in range(100):
             loss = model.objective(seen, y, seen, 1, 1, 1.0, s)
             optimizer.zero_grad()
@@ -2001,7 +1999,7 @@ def trainable(model, recorded=False):
         if model == "m1+m2":
             net = M1M2(M1(784), net, torch.arange(30))
     net = net.to(device).train()
-    x = net.encode(x) if model == "m1+m2" else x
+    x = torch.cat(net.encode(x), 1) if model == "m1+m2" else x
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], fused=True)
     x_l, x_u = (x[:0], x[:500]) if model == "m1" else (x[:100], x[100:])
 
