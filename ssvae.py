@@ -253,7 +253,7 @@ class M1(nn.Module):
 
     def J(self, x: Tensor, beta: float = 1.0) -> Tensor:
         """Eq. 5 with one draw of z, its KL times beta, [B], nats per image. With beta = 1, -J <=
-        log p(x) on average."""
+        log p(x) on average (in training not exactly: see mlp)."""
         mu, logvar = self.encode(x)
         z = sample_gaussian(mu, logvar)
         log_p_x = self.log_density(x, *self.decode(z))  # log p(x|z)
@@ -321,6 +321,7 @@ class M1(nn.Module):
 # LABELLED images. x and y are both observed, z is latent: M1's derivation with (x, y) for x gives
 #     log p(x,y) >= E_q(z|x,y)[ log p(x|y,z) + log p(y) + log p(z) - log q(z|x,y) ]
 #                 = E_q(z|x,y)[ log p(x|y,z) ] + log p(y) - KL(q(z|x,y) || p(z)) =: -L(x,y)  (eq. 6)
+# The first and the last term do what they do in M1; log p(y) = -log K is a constant.
 #
 # UNLABELLED images. y is latent too. Take q(y,z|x) = q(y|x) q(z|x,y) and the same Jensen step:
 #     log p(x) >= E_q(y,z|x)[ log p(x|y,z) + log p(y) + log p(z) - log q(z|x,y) - log q(y|x) ]
@@ -532,7 +533,7 @@ class M2(nn.Module):
         The failure to avoid: q(y|x) soon fits the few labels and is certain everywhere, right or
         wrong. Eq. 7 weights L(x,y) by q(y|x), so the generative model then learns the wrong class,
         and teaches it back. The fast recipe has five remedies that the paper lacks (M2 all but
-        (5)). What they are worth: COMMON MISTAKES, at the end of 5, and README.
+        (5)). What they are worth: README, and for (1) and (2) also COMMON MISTAKES.
         (1) U fades in: over the first s["ramp"] of training its weight goes from 0 to 1, so q(y|x)
         learns from the labels before it learns from a generative model that knows nothing yet. (The
         generative model itself learns from U almost at once: in its gradient even a small weight of
@@ -540,7 +541,8 @@ class M2(nn.Module):
         on the gradient's scale.) Once the weight is 1, minus the loss is a lower bound, as -J^alpha
         is (but see mlp), since all else that is added is >= 0. self.bound is always eq. 7's.
         (2) An alpha above the paper's keeps the labels from being outvoted by the many guesses. And
-        a minibatch has 100 labelled images, where in proportion it would have one.
+        a minibatch has 100 labelled images, where in proportion it would have one: the same means,
+        with less noise.
         (3) No class may swallow another: balance times imbalance (of x_u) is added in full from the
         start, because classes are swallowed early.
         (4) A boundary near an image costs: the mean of roughness over the minibatch is added with
@@ -548,13 +550,13 @@ class M2(nn.Module):
         half of the steps instead. (On device cuda in every step, with weight 1: in a recording a
         coin would always fall the same way.)
         (5) In the stack, many labels overrule U. U teaches q(y|x) the generative model's answer
-        r(y). With 100 labels that is a better teacher than they are; with 3000 a worse one: it errs
-        on 2.4 % of the validation images, a q(y|.) trained without U on 1.6 %. So for N above
+        r(y). With 100 labels r is a better teacher than they are, with 3000 a worse one: r errs on
+        2.4 % of the validation images, a q(y|.) trained without U on 1.6 %. So for N above
         s["trust"], all that is added to L and U is multiplied by c = N / s["trust"]. Else c = 1.
 
         Within L and U, unlike in M1, z's KL never fades in, so of M2's 50 dimensions of z only 9 to
-        17 stay in use (N = 100, seeds 0 to 4). Given 10, a ramp kept all in use and gave a better
-        bound, but no better q(y|x).
+        17 stay in use (N = 100, seeds 0 to 4). With 10 dimensions and a ramp of this KL all stayed
+        in use; the bound was better, q(y|x) was not.
         """
         seen = torch.cat([x_l, x_u]) if seen is None else seen
         log_q = self.log_q_y(seen)
