@@ -842,7 +842,7 @@ def kernel_machine(z: Tensor, f: Tensor, R=6000) -> KernelMachine:
 # COMMON MISTAKES and missing terms, and what each does. Figures are test errors on MNIST, N = 100,
 # after ten epochs, seed 0 (float32, one thread, the line in question changed; commits: M2 b3cef93,
 # M1 d3a1d7e). Ten epochs are few, and chance still rules: unchanged, M2 has 6.0, 3.4 and 5.6 % with
-# seeds 0, 1, 2 (after all 32 epochs 1.9, 1.9, 2.1). So read nothing into a few percentage points.
+# seeds 0, 1, 2 (after all 32 epochs 2.1, 1.7, 2.5). So read nothing into a few percentage points.
 # Some of these mistakes are settings of the paper, whose recipe gives them 3000 epochs.
 # M2 as it is, --model m2 --epochs 10: the bound is -104 nats                                  6.0 %
 #   without alpha's term (--alpha 0): labels reach q(y|x) only through L, then U              34.8 %
