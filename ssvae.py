@@ -403,7 +403,8 @@ class M2(nn.Module):
         """mu and logvar of q(z|x,y), both [P, Z], for P pairs of an image and a class: x [B, D],
         y [P], i [P]. Pair number p is (x[i[p]], y[p]); without i it is (x[p], y[p])."""
         h = self.q_z[0](x)
-        h = h if i is None else h.index_select(0, i)  # under autocast bfloat16, unlike the table
+        h = h if i is None else h.index_select(0, i)
+        # (to: under autocast h is bfloat16, the table float32)
         return self.q_z[1:](h + self.q_z_y(y).to(h.dtype)).float().chunk(2, -1)
 
     def decode(self, y: Tensor, z: Tensor) -> tuple[Tensor, ...]:
@@ -690,7 +691,8 @@ class M1M2(nn.Module):
         z1 = sample_gaussian(mu, logvar)
         active = z1[:, self.active]
         log_p_x = self.m1.log_density(x, *self.m1.decode(z1))  # log p(x|z1)
-        log_p_z1 = log_p_active(active) + log_standard(z1) - log_standard(active)  # unused: N(0, I)
+        log_p_unused = log_standard(z1) - log_standard(active)  # N(0, I)
+        log_p_z1 = log_p_active(active) + log_p_unused
         return log_p_x + log_p_z1 - log_gaussian(z1, mu, logvar)
 
     def infer(self, x: Tensor, y: Tensor) -> Tensor:
@@ -923,7 +925,7 @@ SETTINGS = {
     "threshold": ((None, 0.01, 0.01), (None, 0.0, 0.0), (0.0, 1.0),
                   "U skips classes with q(y|x) below it (or 1/(2K), if less); default on GPUs 0"),
     "classifier_sees": ((None, None, "mean"), (None, None, "draw"), ("mean", "draw"),
-                        "the stack's q(y|x) is given the mean of q(z1|x) or the draw z1"),
+                        "what the stack's q(y|.) sees in training: q(z1|.)'s mean or a draw z1"),
     "classifier": (("tsvm", None, None), ("tsvm", None, None), ("tsvm", "knn"),
                    "on M1's features; knn: the nearest labelled image's class"),
 }

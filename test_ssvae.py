@@ -702,9 +702,11 @@ def test_split_is_balanced_disjoint_and_drawn_by_the_seed():
     assert torch.equal(labelled, same[0]) and torch.equal(unlabelled, same[1])
     assert set(labelled.tolist()) != set(other[0].tolist())
     assert set(valid.tolist()) != set(other[2].tolist())
-    for seed in range(20):  # of 60, 10 validate; one at least stays unlabelled
+    for seed in range(20):  # of 60, 10 validate, of 18, 3; two at least stay unlabelled
         with pytest.raises(ssvae.BadInput, match="up to 4[2468]"):
             ssvae.split(torch.arange(2).repeat(30), 50, seed)
+        with pytest.raises(ssvae.BadInput, match="up to 1[02]"):
+            ssvae.split(torch.arange(2).repeat(9), 14, seed)
 
 
 def test_images_without_a_label_are_for_training_alone(tmp_path):
@@ -1257,6 +1259,12 @@ def test_sizes_and_number_of_minibatches(tmp_path, monkeypatch, labels, n_l, siz
     assert [tuple(map(len, batch)) for batch in batches] == [sizes] * steps
     seen = index(torch.cat([x_u for _, x_u in batches])).bincount(minlength=120)
     assert set(seen[seen > 0].tolist()) == visits
+
+
+def test_batch_normalisation_is_not_given_one_image(small, tmp_path):
+    """Of one it would have no variance; so a minibatch has two labelled ones where one is asked."""
+    how = ("--dataset", small, "--labels", 50, "--batch-labelled", 1, "--no-images")
+    run(*quick("m1+m2"), *how, "--out-dir", tmp_path)
 
 
 @pytest.mark.parametrize("model", MODELS)
