@@ -39,8 +39,8 @@ NOTATION (the paper's, whose N sometimes means our N + M)
     p_theta     the generative model, theta its networks' weights; in M2 p(y) p(z) p(x|y,z), the
                 last the "decoder"
     q_phi       the recognition model or "encoder": q(z|x), q(z|x,y) and the classifier q(y|x)
-    L, U, J     losses, i.e. minus a lower bound: labelled (eq. 6), unlabelled (eq. 7), both
-                (eq. 8; the paper writes J for M1's too, eq. 5)
+    L, U, J     losses, minus a lower bound: of a labelled image (eq. 6), of an unlabelled one
+                (eq. 7), of the whole set (eq. 8; the paper writes J for M1's too, of one image)
     J^alpha     J + alpha times the classification loss (eq. 9; in the code per image, see M2)
     N, M        the number of labelled and of unlabelled training images
 The three models' losses are in nats (natural logarithm). E_q[.] is an expectation over q,
@@ -129,7 +129,8 @@ def log_gaussian(x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     As a likelihood its variance is learned: over data that share a sigma, the likelihood is highest
     where sigma^2 is their mean of (x - mu)^2, so errors are measured in units of their usual size.
     (With sigma fixed at 1, minus this is half the squared error plus a constant; its weight beside
-    the KL is arbitrary.)
+    the KL is arbitrary. A density has no upper limit: at a few x that a decoder can copy exactly,
+    sigma would go to 0.)
     """
     mu, logvar = mu.float(), logvar.float()
     return -0.5 * (math.log(2 * math.pi) + logvar + (x - mu) ** 2 * torch.exp(-logvar)).sum(-1)
@@ -158,8 +159,9 @@ def sample_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
     """Draw z ~ N(mu, diag(exp(logvar))), reparameterised: all [B, Z] (section 3.2).
 
     z = mu + sigma * eps with eps ~ N(0, I). The randomness no longer depends on the parameters, so
-    for a differentiable f, grad E_q[f(z)] = E_eps[grad f(mu + sigma * eps)]: the gradient of an
-    average is an average of gradients, and one draw estimates it without bias. (The alternative,
+    for a continuous f with a gradient almost everywhere (a network), grad E_q[f(z)] =
+    E_eps[grad f(mu + sigma * eps)]: the gradient of an average is an average of gradients, and one
+    draw estimates it without bias. (The alternative,
     the score-function estimator f(z) grad log q(z), uses only the value of f, not its slope, and is
     usually far noisier.)
     """
@@ -215,7 +217,7 @@ def mlp(inputs, *sizes, batch_norm="all", activation="relu", init_std=0.0):
 # =================================================================================================
 #
 # p(z) = N(0, I),   p(x|z) = f(x; z, theta),   q(z|x) = N(mu(x), diag sigma^2(x))         (eq. 1, 3)
-# (f: a density of LIKELIHOODS; a network with the weights theta computes its parameters from z)
+# (f: an entry of LIKELIHOODS; a network with the weights theta computes its parameters from z)
 #
 # The bound. log p(x) is the log of an integral over z. Multiply and divide by a density q(z|x) > 0:
 #     log p(x) = log integral p(x|z) p(z) dz = log E_q(z|x)[ p(x|z) p(z) / q(z|x) ]
@@ -224,8 +226,8 @@ def mlp(inputs, *sizes, batch_norm="all", activation="relu", init_std=0.0):
 # How much do we lose? In the line with Jensen's inequality, replace p(x|z) p(z) by p(z|x) p(x);
 # log p(x), free of z, comes out of E_q:
 #     -J(x) = log p(x) - KL( q(z|x) || p(z|x) ),
-# so lowering J raises log p(x), or pulls q(z|x) to the true posterior, or both: fitting the model
-# and doing inference are one minimisation. The first term of -J rewards a z from which the decoder
+# so lowering J raises log p(x), or narrows the gap, this KL, or both: fitting the model and doing
+# inference are one minimisation. The first term of -J rewards a z from which the decoder
 # can recover x. The KL is the price, in nats, of what z says about x. Averaged over x, it is the
 # mutual information of x and z under q, plus KL( qa(z) || p(z) ), qa being the average of q(z|x).
 # Without the first term q(z|x) = p(z) would be best; without the KL, a z without noise: an ordinary
@@ -270,8 +272,8 @@ class M1(nn.Module):
         latent dimension can do is to pay no KL: q(z_d|x) = p(z_d). The decoder then learns to
         ignore it, and gradients rarely bring it back (posterior collapse). With a KL weight that
         grows from 0 to s["beta"], the decoder learns to use z before z must be paid for (Bowman et
-        al. 2015; Soenderby et al. 2016). Batch normalisation helps as well: it makes the last
-        hidden layer, from which mu(x) is computed, vary over a minibatch.
+        al. 2015; Soenderby et al. 2016). Batch normalisation helps as well: it keeps the last
+        hidden layer, from which mu(x) is computed, from being the same for all images.
 
         After the ramp, beta = 1 is eq. 5. With beta < 1, z says more about x than is best for the
         bound. With beta = 0 noise in z would only hurt the reconstruction: sigma vanishes beside
@@ -285,16 +287,16 @@ class M1(nn.Module):
         (see mlp)."""
         return -self.J(x)
 
-    def log_weight(self, x: Tensor) -> Tensor:
+    def log_weight(self, x: Tensor, log_p_z=log_standard) -> Tensor:
         """log w = log p(x|z) + log p(z) - log q(z|x) for one draw z ~ q(z|x), [B], nats per image.
 
         w is what eq. 5 averages before Jensen's inequality: E_q[w] = p(x). So the mean of w over
-        many draws estimates p(x) (log_likelihood, in 9).
+        many draws estimates p(x) (log_likelihood, in 9). log_p_z: z [B, Z] -> [B].
         """
         mu, logvar = self.encode(x)
         z = sample_gaussian(mu, logvar)
         log_p_x = self.log_density(x, *self.decode(z))  # log p(x|z)
-        return log_p_x + log_standard(z) - log_gaussian(z, mu, logvar)
+        return log_p_x + log_p_z(z) - log_gaussian(z, mu, logvar)
 
     def classify(self, x: Tensor) -> Tensor:
         """Scores of the K classes, [B, K], by self.classifier, which is set from outside (5
@@ -325,19 +327,19 @@ class M1(nn.Module):
 #
 # UNLABELLED images. y is latent too. Take q(y,z|x) = q(y|x) q(z|x,y) and the same Jensen step:
 #     log p(x) >= E_q(y,z|x)[ log p(x|y,z) + log p(y) + log p(z) - log q(z|x,y) - log q(y|x) ]
-#               = sum_y q(y|x) [ -L(x,y) ] - sum_y q(y|x) log q(y|x)      (E_q(z|x,y) gives -L)
+#               = sum_y q(y|x) [ -L(x,y) ] - sum_y q(y|x) log q(y|x)      (the mean over z is -L)
 #               = sum_y q(y|x) [ -L(x,y) ] + H( q(y|x) )                            =: -U(x) (eq. 7)
 # The integral over z is intractable: z is drawn, and reparameterised. y is summed over: there are
 # only K classes, and a draw of y has no such gradient: y is discrete, so it cannot move a little
 # when q(y|x) does. The gaps are as in eq. 5: KL(q(z|x,y) || p(z|x,y)) in eq. 6 and
 # KL(q(y,z|x) || p(y,z|x)) in eq. 7. If q(y|x) is certain of one y, then H = 0 and U(x) is that y's
-# L(x,y): the loss of eq. 6 is that of eq. 7 where the class is known.
+# L(x,y): eq. 6 is eq. 7 with a q(y|x) that is certain of the label.
 # What does U teach q(y|x)? Let r(y) = softmax_y( -L(x,y) ), Bayes' rule with the bounds in place of
 # log p(x,y), so that L(x,y) = -log r(y) - log sum_y' exp(-L(x,y')). Put that into U:
 #     U(x) = KL( q(y|x) || r(y) ) - log sum_y' exp( -L(x,y') ),
-# least at q = r: the classifier learns to agree with the generative model. H makes the answer a
-# softmax: without H (a looser bound, as H >= 0) the best q is certain of the smallest L, however
-# small the difference.
+# least at q = r: the classifier learns to agree with the generative model. Without H (a looser
+# bound, as H >= 0) the best q would not be r, but certain of the smallest L, however small the
+# difference.
 # Nothing in U says that y is the digit: any division of the images into K groups that makes them
 # more probable will do. It is the few labels that say which, by L and, above all, by eq. 9.
 #
@@ -422,14 +424,15 @@ class M2(nn.Module):
         log_p_y = -math.log(self.y_dim)  # log p(y), uniform: no gradient, but no bound without it
         return -(log_p_x + log_p_y - kl_gaussian(mu, logvar))
 
-    def pairs(self, B: int, device, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """i, y and once, [P]: all B * K pairs of an image and a class, or those where keep, [B, K],
-        is True.
+    def pairs(self, x: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """i, y and once, [P]: all B * K pairs of an image x [B, D] and a class, or those where
+        keep, [B, K], is True.
 
         CPU libraries prepare anew for every shape they meet, so the kept pairs are filled up to a
         multiple of ceil(B/10) with repetitions. once, [P], is False for these: they have weight 0
         in U, though batch normalisation sees them.
         """
+        B, device = len(x), x.device
         if keep is None:
             p = torch.arange(B * self.y_dim, device=device)
             return p // self.y_dim, p % self.y_dim, torch.ones_like(p, dtype=torch.bool)
@@ -448,7 +451,7 @@ class M2(nn.Module):
         log_q = self.log_q_y(x) if log_q is None else log_q
         keep = log_q.exp() >= threshold  # [B, K]
         log_q = log_q - (log_q.exp() * keep).sum(-1, keepdim=True).log()  # log q~(y|x)
-        i, y, once = self.pairs(B, x.device, keep if threshold else None)
+        i, y, once = self.pairs(x, keep if threshold else None)
         log_q = log_q.flatten().index_select(0, i * K + y)  # [P]
         q = log_q.exp() * once
         terms = q * (self.L(x, y, i) + log_q)  # q~(y|x) [ L(x,y) + log q~(y|x) ]
@@ -476,18 +479,18 @@ class M2(nn.Module):
         """KL( p(y) || mean of q(y|x) over the B images ) times min(1, B / (50 K)), a scalar, nats;
         log_q = log q(y|x), [B, K].
 
-        Averaged over x from the model, p(y|x) is p(y). U does not ask this of q: a certain q(y|x)
-        pays -log p(y) = log K whichever class it names, even if it is always the same one. The
-        imbalance does: as a class empties, it grows without limit. With many images it is near 0
-        for a correct q(y|x), if classes are as frequent as p(y) says. (It is also 0 where every
-        q(y|x) is 1/K, but that the labels rule out.)
+        Averaged over x from the model, p(y|x) is p(y). No term of U asks this of q: a certain
+        q(y|x) pays -log p(y) = log K whichever class it names, even if it is always the same one.
+        The imbalance does: as a class empties, it grows without limit. With many images it is near
+        0 for a correct q(y|x), if classes are as frequent as p(y) says. (It is also 0 where every
+        q(y|x) is 1/K, but there the labels pull the other way.)
         """
         # With p(y) = 1/K, KL = sum_y 1/K [ log 1/K - log m_y ], where m_y is the mean of q(y|x).
         # Why the factor: even a q(y|x) that is right and certain has an imbalance, because B images
         # are not exactly B/K of each class. m_y is then a class's share of B images, with variance
         # 1/K (1 - 1/K) / B. To second order KL = K/2 sum_y (m_y - 1/K)^2 (the first order is 0, as
-        # sum_y m_y = 1), on average (K - 1) / (2 B) if B is many times K. (If a class is missing,
-        # it is far more.) The factor keeps that below 0.01 nats, before the weight s["balance"].
+        # sum_y m_y = 1), on average (K - 1) / (2 B) if B is many times K (if a class is missing,
+        # far more). The factor keeps this average below 0.01 nats, before the weight s["balance"].
         B, K = log_q.shape
         log_mean_q = torch.logsumexp(log_q, 0) - math.log(B)
         return min(1.0, B / (50 * K)) * (-math.log(K) - log_mean_q.mean())
@@ -503,11 +506,11 @@ class M2(nn.Module):
         delta is the worst? If both q are the same function, the KL is smallest, 0, at delta = 0. So
         for small delta it is about 1/2 delta^T A delta (A: its second derivatives at 0), largest
         along the eigenvector of A with the largest eigenvalue. A step of the power method turns a
-        random delta roughly there: it multiplies it by A, and for small delta, A delta is the
-        gradient of the KL at delta. (Only an estimate: our delta is not small, as a tiny one would
-        drown in bfloat16's rounding, and with batch normalisation each q also depends on the other
-        images' delta.) The first q(y|x) is held constant: q(y|x+delta) is to move to it, not the
-        other way round.
+        random delta roughly there, multiplying it by A; for small delta, A delta is the gradient of
+        the KL at delta. (Only an estimate: our delta is not small, as a tiny one would drown in
+        bfloat16's rounding, and with batch normalisation each q also depends on the other images'
+        delta.) Training sees delta as a constant, and the first q(y|x) too: q(y|x+delta) is to move
+        to it, not the other way round.
         """
         log_q = log_q.detach()
         # Batch normalisation would put x + delta into the running statistics, by which images are
@@ -528,8 +531,15 @@ class M2(nn.Module):
         done, s["ramp"]); s are the settings (of which it needs alpha, balance, smooth and trust).
         seen: what q(y|.) is given, if not x_l and x_u themselves (the stack).
 
-            N / (N + M) mean L + M / (N + M) fade mean U
-            + c { alpha mean_labelled[ -log q(y|x) ] + balance * imbalance + mean roughness }
+            weight              mean of          over    teaches
+            N / (N + M)         L                x_l     q(z|x,y) and p(x|y,z)
+            fade M / (N + M)    U                x_u     all three networks
+            c alpha             -log q(y|x)      x_l     q(y|x)
+            c balance           imbalance        x_u     q(y|x), as the next one
+            c                   roughness        both
+        After M2's training (MNIST, N = 100, seed 0) U is 96.4 nats, 78.8 for -log p(x|y,z), 15.5
+        for the KL, 2.3 for -log p(y), less H, 0.06; -log q(y|x) of the labelled images is 4e-6, the
+        imbalance 0.01, the roughness 0.3.
 
         The failure to avoid: q(y|x) soon fits the few labels and is certain everywhere, right or
         wrong. Eq. 7 weights L(x,y) by q(y|x), so the generative model then learns the wrong class,
@@ -540,20 +550,21 @@ class M2(nn.Module):
         generative model itself learns from U almost at once: in its gradient even a small weight of
         U soon outweighs L's, N / (N + M), 0.002 for 100 of 50,000, and Adam's steps hardly depend
         on the gradient's scale.) Once the weight is 1, minus the loss is a lower bound, as -J^alpha
-        is (but see mlp), since all else that is added is >= 0. self.bound is always eq. 7's.
+        is (but see mlp): all that stands beside L and U is >= 0. self.bound is always eq. 7's.
         (2) An alpha above the paper's keeps the labels from being outvoted by the many guesses. And
         a minibatch has 100 labelled images, where in proportion it would have one: the same means,
         with less noise.
         (3) No class may swallow another: balance times imbalance (of x_u) is added in full from the
         start, because classes are swallowed early.
-        (4) A boundary near an image costs: the mean of roughness over the minibatch is added with
-        weight 1 (s["smooth"] is its distance). To save time, this is done with weight 2 in a random
-        half of the steps instead. (On device cuda in every step, with weight 1: in a recording a
-        coin would always fall the same way.)
+        (4) A boundary near an image costs: the mean of roughness over the minibatch is added
+        (s["smooth"] is its distance). To save time, this is done with weight 2 in a random half of
+        the steps instead. (Not on device cuda, where steps are recorded once and repeated: the coin
+        would always fall the same way.)
         (5) In the stack, many labels overrule U. U teaches q(y|x) the generative model's answer
         r(y). With 100 labels r is a better teacher than they are, with 3000 a worse one: r errs on
         2.4 % of the validation images, a q(y|.) trained without U on 1.6 %. So for N above
-        s["trust"], all that is added to L and U is multiplied by c = N / s["trust"]. Else c = 1.
+        s["trust"], c = N / s["trust"], else c = 1. (As Adam's steps hardly depend on the loss's
+        scale, this amounts to L and U with 1/c of their weight.)
 
         Within L and U, unlike in M1, z's KL never fades in, so of M2's 50 dimensions of z only 9 to
         17 stay in use (N = 100, seeds 0 to 4). With 10 dimensions and a ramp of this KL all stayed
@@ -582,7 +593,7 @@ class M2(nn.Module):
         Each term's mean over z_y is p(x,y), so the mean of the sum is p(x). See log_likelihood.
         """
         B, K = len(x), self.y_dim
-        i, y, _ = self.pairs(B, x.device)
+        i, y, _ = self.pairs(x)
         mu, logvar = self.encode(x, y, i)
         z = sample_gaussian(mu, logvar)
         log_w = self.log_density(x[i], *self.decode(y, z)) - math.log(K)
@@ -605,10 +616,11 @@ class M2(nn.Module):
 #     p(x, y, z1, z2) = p(y) p(z2) p(z1|y,z2) p(x|z1)
 #     q(z1|x) from M1;  q(y|x), M2's classifier, of z1 or of q(z1|x)'s mean;  q(z2|z1,y) from M2
 #
-# Why stack? On pixels, a digit's class is at most log 10 = 2.3 of the 100 or so nats that an image
-# costs: the strokes' thickness, slant and place cost far more, and a flexible decoder can explain
-# an image well under the wrong class. On average a draw z1 says at most some 28 nats about an image
-# of MNIST (M1's mean KL), of which 2.3 are a larger share.
+# Why stack? What U teaches, r(y), is decided by the differences of L(x,y) between classes. On
+# pixels a flexible decoder can explain an image well under the wrong class: the class is at most
+# log 10 = 2.3 of the 100 or so nats that an image costs; strokes' thickness, slant and place cost
+# far more. In z1 much of this is gone: it is some 30 numbers, with noise, that say at most 28 nats
+# or so about an image of MNIST (M1's mean KL).
 #
 # The bound. With z1 and M1's q(z1|x), the derivation of eq. 5 reads
 #     log p(x) >= E_q(z1|x)[ log p(x|z1) + log p(z1) - log q(z1|x) ],
@@ -621,8 +633,9 @@ class M2(nn.Module):
 # Training is in two stages. M1 is trained with p(z1) = N(0, I) and then frozen: p(x|z1) and q(z1|x)
 # no longer change, so to raise this bound, M2, with a Gaussian p(z1|y,z2), is trained to lower
 # the mean of U(z1), with a fresh draw of z1 at every visit of an image. (That Gaussian's variance
-# is learned; it cannot gain without limit by going to 0, as draws of z1 vary for each image.) For
-# labelled x, log p(x,y) has the same bound with -L(z1,y) <= log p(z1,y) in place of -U(z1).
+# is learned, but it cannot gain without limit by going to 0: the mean of U is at least the entropy
+# of z1, which q(z1|x)'s noise keeps finite.) For labelled x, log p(x,y) has the same bound with
+# -L(z1,y) <= log p(z1,y) in place of -U(z1).
 # What q is given. The bound holds whatever q(z1|.) and q(y|.) look at. Let g be the grey image of
 # which the binary x is a draw (Gaussian data: g = x).
 #                         q(z1|.) sees    q(y|.) sees
@@ -633,12 +646,10 @@ class M2(nn.Module):
 #     for each g, not for each draw x of it. For the bound, q(z1|x) is what M1 was trained for and
 #     should be tighter.
 #   Images are classified by the mean; a classifier that sees it in training, too, errs less than
-#     one that sees draws. But its answer cannot depend on the draw z1, so the bound is no tighter
-#     than with the best q(y|z1).
+#     one that sees draws. But its answer cannot depend on the draw z1, as r(y) does, so that the
+#     bound is looser: by KL(q || r).
 # What two stages give up: the bound is still a bound, but no longer maximised over all parameters
 # together; q(z1|x) was fitted to another prior and does not learn of the classes.
-# What U is worth here: it teaches q(y|.) to agree with r(y), M2's Bayes' rule. That lowers the
-# error with 100 labels, but not with 3000: so (5) in M2.objective.
 
 
 class M1M2(nn.Module):
@@ -678,22 +689,22 @@ class M1M2(nn.Module):
 
     def bound(self, x: Tensor) -> Tensor:
         """The bound on log p(x) derived above, [B], nats per image: one z1, and a z2 for each y."""
-        return self.through_z1(x, lambda z1: -self.m2.U(z1, self.classify(x)))
+        return self.weight_z1(x, lambda z1: -self.m2.U(z1, self.classify(x)))
 
     def log_weight(self, x: Tensor) -> Tensor:
         """As M2's, with an outer draw of z1: the mean of its exp is p(x). [B], nats per image."""
-        return self.through_z1(x, self.m2.log_weight)
+        return self.weight_z1(x, self.m2.log_weight)
 
-    def through_z1(self, x: Tensor, log_p_active) -> Tensor:
-        """log p(x|z1) + log p(z1) - log q(z1|x) for one draw z1 ~ q(z1|x), [B], where log_p_active
-        bounds or estimates the active dimensions' share of log p(z1)."""
-        mu, logvar = self.m1.encode(x)
-        z1 = sample_gaussian(mu, logvar)
-        active = z1[:, self.active]
-        log_p_x = self.m1.log_density(x, *self.m1.decode(z1))  # log p(x|z1)
-        log_p_unused = log_standard(z1) - log_standard(active)  # N(0, I)
-        log_p_z1 = log_p_active(active) + log_p_unused
-        return log_p_x + log_p_z1 - log_gaussian(z1, mu, logvar)
+    def weight_z1(self, x: Tensor, log_p_active) -> Tensor:
+        """log p(x|z1) + log p(z1) - log q(z1|x) for one draw z1 ~ q(z1|x), [B]: M1's log_weight
+        with another p(z1). log_p_active bounds or estimates the active dimensions' share of it."""
+
+        def log_p_z1(z1: Tensor) -> Tensor:
+            active = z1[:, self.active]
+            log_p_unused = log_standard(z1) - log_standard(active)  # N(0, I)
+            return log_p_active(active) + log_p_unused
+
+        return self.m1.log_weight(x, log_p_z1)
 
     def infer(self, x: Tensor, y: Tensor) -> Tensor:
         """Mean of q(z2|z1,y) at the mean of q(z1|x), [B, Z]."""
@@ -719,11 +730,10 @@ class M1M2(nn.Module):
 
 def nearest(z: Tensor, points: Tensor, k: int) -> Tensor:
     """Indices of the k points [n, Z] nearest to each z [B, Z], nearest first: [B, k]."""
-    squares, k, found = points.square().sum(1), min(k, len(points)), []
-    for some in z.split(500):
-        d = torch.addmm(squares, some, points.T, alpha=-2)  # |z - point|^2 less |z|^2, [500, n]
-        found.append(d.topk(k, largest=False).indices)
-    return torch.cat(found)
+    squares, k = points.square().sum(1), min(k, len(points))
+    # |z - point|^2 less |z|^2, for 500 z at a time: [500, n]
+    distances = (torch.addmm(squares, some, points.T, alpha=-2) for some in z.split(500))
+    return torch.cat([d.topk(k, largest=False).indices for d in distances])
 
 
 class NearestPoint(NamedTuple):
@@ -779,8 +789,8 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, C=0.3, steps=100, spread=0.3) 
     No step is guaranteed to lower this aim. Unlabelled points start at f = -1, no class. In the
     first `spread` (a fraction) of the steps labels spread without the last term, f = m: an early
     wrong guess would spread too. After that, m + 1 is scaled, class by class, so that every class
-    has its share, taken to be 1/K as p(y) has it (wrong for SVHN, used all the same): the mean over
-    the points of (m_c + 1) / 2, which is about 1 within class c and 0 elsewhere, becomes 1/K. Every
+    has its share, taken to be 1/K as p(y) has it (wrong for SVHN, used all the same): the mean of
+    (m_c + 1) / 2 over the points becomes 1/K (it is about 1 within class c and 0 elsewhere). Every
     unlabelled point that a label has reached takes the f that minimises its own two terms, given
     this m (svm_step). For a given y that minimum is C / (1 + C) hinge(m, y), so the best y is the
     argmax of m.
@@ -1239,10 +1249,6 @@ def load_data(dataset: str, data_dir: Path, n_labels, seed: int, device, saved=N
 # =================================================================================================
 
 
-class Diverged(Exception):
-    """A loss became NaN or infinite. main() prints it as one line and exits with code 1."""
-
-
 def bfloat16_is_faster(device: torch.device) -> bool:
     """Whether matrix products are faster in bfloat16: yes on most GPUs since 2020, on CPUs with AMX
     and on AMD's with AVX512-BF16 (2.3 times as fast as float32; on Intel's without AMX 0.5 times).
@@ -1374,7 +1380,7 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run") -> None:
             "seconds": seconds,
         }
         if not math.isfinite(loss + row["bound"]):
-            raise Diverged(f"loss or bound not finite in epoch {epoch + 1}; try a smaller --lr")
+            raise FloatingPointError(f"loss not finite in epoch {epoch + 1}; try a smaller --lr")
         run.end_epoch(row, s["epochs"], model, optimizer)
     model.eval()
 
@@ -1529,15 +1535,11 @@ def pictures(model: nn.Module, data: Data) -> dict:
         if z_dim == 2:
             p = torch.special.ndtri(torch.linspace(0.05, 0.95, 10, device=device))
             grid = generate(torch.cartesian_prod(p, p)).view(10, 10, K, -1)[:, :, :3]
-            add(
-                "styles.png",
-                grid.transpose(1, 2).flatten(1, 2),
-                breaks=range(10, 10 * min(K, 3), 10),
-            )
+            styles = grid.transpose(1, 2).flatten(1, 2)
+            add("styles.png", styles, breaks=range(10, 10 * min(K, 3), 10))
 
     # mistakes.png: wrong test images, by the best score's lead over the second, largest first
-    scores = in_chunks(model.classify, data.x_test)
-    best, answer = scores.topk(2)
+    best, answer = in_chunks(model.classify, data.x_test).topk(2)
     wrong = (answer[:, 0] != data.y_test).nonzero()[:, 0]
     wrong = wrong[(best[wrong, 0] - best[wrong, 1]).argsort(descending=True)][:20]
     if len(wrong):
@@ -1594,8 +1596,7 @@ SAVED = ("settings", "model", "optimizer", "classifier", "pca", "rows", "seconds
 
 def load_saved(path: Path, device, finished=True) -> dict:
     """Read a model.pt, running no code from it. Raises BadInput."""
-    unreadable = f"cannot read {path}: is it a file written by this version of ssvae.py?"
-    with or_bad_input(unreadable):
+    with or_bad_input(f"cannot read {path}: is it a file written by this version of ssvae.py?"):
         if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
             raise ValueError(f"{damaged} in it is damaged")
         saved = torch.load(path, map_location=device, weights_only=True)
@@ -1712,7 +1713,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("settings, with fast's for m1, m2, m1+m2 (M2 stage), MNIST")
     for name, (fast, _, allowed, meaning) in SETTINGS.items():
         how = {"choices": allowed} if isinstance(allowed[0], str) else {"type": number(*allowed)}
-        how |= {"nargs": "+"} if name == "hidden" else {}
+        how["nargs"] = "+" if name == "hidden" else None
         how["help"] = f"{meaning} ({', '.join('-' if v is None else str(v) for v in fast)})"
         group.add_argument("--" + name.replace("_", "-"), **how)
     args = parser.parse_args(argv)
@@ -1794,6 +1795,7 @@ def rebuild(path: Path, saved: dict, data: Data) -> nn.Module:
         if s["model"] == "m1":
             kind = NearestPoint if s["classifier"] == "knn" else KernelMachine
             model.classifier = kind(**saved["classifier"])
+        in_chunks(model.classify, data.x_test[:1])  # does it run?
     return model
 
 
@@ -1811,7 +1813,7 @@ def main(argv: list[str] | None = None) -> int:
         what = reproduce if args.reproduce else evaluate_saved if args.load else train_and_evaluate
         what(args)
         return 0
-    except (BadInput, Diverged) as error:
+    except (BadInput, FloatingPointError) as error:  # of train
         print(f"ssvae: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
     except (RuntimeError, MemoryError) as error:  # on CPUs PyTorch has no out-of-memory class
@@ -1906,8 +1908,8 @@ def choose_settings(args, data: Data, device, saved_m1: dict | None) -> dict:
     if saved_m1:  # another seed's was trained on images that are validation images here
         m1 = saved_m1["settings"]
         for key, value in {"model": "m1", "seed": args.seed}.items():
-            if m1[key] != value:
-                raise BadInput(f"--m1 {args.m1} has {key} {m1[key]}, not {value}")
+            if m1.get(key) != value:
+                raise BadInput(f"--m1 {args.m1} has {key} {m1.get(key)}, not {value}")
         if args.model == "m1":
             s = {key: m1.get(key) for key in [*s, "recipe"]} | {"classifier": s["classifier"]}
     auto = "bfloat16" if bfloat16_is_faster(device) else "float32"
@@ -1939,7 +1941,7 @@ def train_and_evaluate(args: argparse.Namespace) -> dict:
 
     name = f"{args.model}-{Path(data.name).name}-{len(data.x_l)}-{args.seed}"
     folder = args.out_dir or Path("runs") / (name + "-paper" * (args.recipe == "paper"))
-    if args.overwrite and args.m1 and os.path.realpath(args.m1.parent) == os.path.realpath(folder):
+    if args.overwrite and args.m1 and folder.exists() and folder.samefile(args.m1.resolve().parent):
         raise BadInput("--overwrite would remove the --m1 file; give another --out-dir")
     results, saved = find_run(folder, s, args, device)
     if results:

@@ -1660,21 +1660,21 @@ def test_altered_models_are_refused(small, tmp_path, capsys):
     wrong = {
         "m1": [("settings", "text"), ("settings", {}), ("classifier", None), ("model", {}),
                ("classifier", {"points": torch.ones(3, 4), "votes": torch.ones(3, 10), "k": 1}),
+               ("classifier", lambda old: {name: value[..., :1] for name, value in old.items()}),
                ("labels", "six"), ("seed", "x"), ("seed", 2**70), ("checksum", 3),
                ("rows", 7), ("seconds", "x"),
                ("model name", "m3"), ("model name", "m2"), ("hidden", "wide"), ("z_dim", 10**9)],
-        "m1+m2": [("active", torch.tensor([99])), ("active", torch.tensor([0.5])), ("active", 3)],
+        "m1+m2": [("active", torch.tensor([99])), ("active", torch.tensor([0.5])), ("active", 3),
+                  ("active", lambda old: torch.full_like(old, 99))],
     }  # fmt: skip
     for model, changes in wrong.items():
         run(*quick(model), "--dataset", small, "--out-dir", out, "--overwrite", "--no-images")
         for key, value in changes:
             content = torch.load(out / "model.pt", weights_only=True)
-            if key in content:
-                content[key] = value
-            elif key == "active":
-                content["model"]["active"] = value
-            else:
-                content["settings"]["model" if key == "model name" else key] = value
+            part = content if key in content else content["settings"]
+            part = content["model"] if key == "active" else part
+            name = "model" if key == "model name" else key
+            part[name] = value(part[name]) if callable(value) else value
             torch.save(content, tmp_path / "bad.pt")
             capsys.readouterr()
             lines = [("--load", tmp_path / "bad.pt", "--out-dir", tmp_path / "none")]
@@ -1727,6 +1727,8 @@ def test_an_m1_keeps_its_settings_and_is_not_lost(small, tmp_path, capsys):
     kept = ("--m1", tmp_path / "c" / "model.pt", "--out-dir", tmp_path / "c")
     run(*stack, *kept, code=2)
     run(*stack, *kept, "--overwrite", code=2)
+    (tmp_path / "link.pt").symlink_to(tmp_path / "c" / "model.pt")
+    run(*stack, "--m1", tmp_path / "link.pt", *kept[2:], "--overwrite", code=2)
     assert (tmp_path / "c" / "model.pt").read_bytes() == m1.read_bytes()
     run(*stack, "--m1", m1, "--seed", 3, "--out-dir", tmp_path / "d", code=2)
     assert "seed" in capsys.readouterr().err.splitlines()[-1]
