@@ -619,8 +619,8 @@ class M2(nn.Module):
 # Why stack? What U teaches, r(y), is decided by the differences of L(x,y) between classes. On
 # pixels a flexible decoder can explain an image well under the wrong class: the class is at most
 # log 10 = 2.3 of the 100 or so nats that an image costs; strokes' thickness, slant and place cost
-# far more. In z1 much of this is gone: it is some 30 numbers, with noise, that say at most 28 nats
-# or so about an image of MNIST (M1's mean KL).
+# far more. z1 leaves less to explain: some 30 numbers, blurred by q(z1|x)'s noise, that say at most
+# 28 nats or so about an image of MNIST (M1's mean KL).
 #
 # The bound. With z1 and M1's q(z1|x), the derivation of eq. 5 reads
 #     log p(x) >= E_q(z1|x)[ log p(x|z1) + log p(z1) - log q(z1|x) ],
