@@ -1379,7 +1379,7 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run") -> None:
             "seconds": seconds,
         }
         if not math.isfinite(loss + row["bound"]):
-            raise FloatingPointError(f"loss or bound not finite in epoch {epoch + 1}; try a lower --lr")
+            raise FloatingPointError(f"training diverged in epoch {epoch + 1}; try a smaller --lr")
         run.end_epoch(row, s["epochs"], model, optimizer)
     model.eval()
 
