@@ -372,7 +372,7 @@ class M1(nn.Module):
 
 class M2(nn.Module):
     """Generative semi-supervised model. x: [B, x_dim], y: [B] in 0..y_dim-1, z: [B, z_dim];
-    likelihood: a key of LIKELIHOODS; kw: options of mlp. (The defaults here are neither recipe's:
+    likelihood: a key of LIKELIHOODS; kw: options of mlp. (The defaults here are no recipe's:
     build, in 11, takes those from SETTINGS.)"""
 
     def __init__(
@@ -884,14 +884,14 @@ def kernel_machine(z: Tensor, f: Tensor, R=6000) -> KernelMachine:
 #     --batch-norm none --activation softplus): bound -138 nats                         26.6 +- 4.8
 
 # =================================================================================================
-# 6. SETTINGS: one table, two recipes
+# 6. SETTINGS: one table of two recipes, and a small variant
 # =================================================================================================
 # "fast", the default, was chosen on MNIST, mostly with N = 100, by the error on the 10,000
 # validation images. (That uses their labels: N labels alone would be a poor guide.) "paper" is what
 # the paper and its authors' code publish for MNIST with N = 100; for more labels they take twice as
 # many minibatches: --batch-size 250. Where they differ, "paper" follows the paper. (The code's
 # M1 has layers of 500, minibatches of 1000 and a prior of the weights; its stack for N = 100 has
-# one layer of 300.) Three things are ours in both recipes:
+# one layer of 300.) Three things are ours in every recipe:
 #   M1's classifier "tsvm" (5 CLASSIFIERS);
 #   M1's initial weights, which are PyTorch's (the code's have a standard deviation 3^(1/2) times as
 #     large, and are 0 for log sigma^2);
@@ -945,7 +945,9 @@ SETTINGS = {
 # fmt: on
 
 
-# Recipe "small": what it changes in the recipe fast.
+# Recipe "small": what it changes in "fast", for a result after two minutes of two plain cores. In
+# little time narrow networks get further than wide ones: in 68 s of one core the stack's M2 came to
+# a validation error of 2.7 % with 200 units and 20 epochs, of 3.1 % with 300 and 13 (seed 0).
 SMALL = {
     "m1": {"epochs": 8, "hidden": (500, 500)},
     "m2": {"epochs": 25, "hidden": (200, 200), "lr": 3e-3, "threshold": 0.05},

@@ -1339,6 +1339,27 @@ def test_paper_recipe_is_the_published_one(small, tmp_path):
     assert [p.shape[0] for p in m2.q_y.parameters()] == [500, 500, 500, 500, 10, 10]
 
 
+def test_small_recipe_is_fast_with_smaller_networks(small, tmp_path, monkeypatch):
+    """A run by it records fast's settings but for what SMALL says, in a folder of its own; its
+    networks have fewer weights; a data set's own settings apply too, and the command line wins."""
+    monkeypatch.chdir(tmp_path)
+    sizes = {}
+    for recipe in ("fast", "small"):
+        line = ["--model", "m1+m2", "--recipe", recipe, "--dataset", small, "--epochs", 1]
+        run(*line, "--m1-epochs", 1, "--no-images")
+        name = f"m1+m2-{small.name}-100-0" + "-small" * (recipe == "small")
+        sizes[recipe] = json.loads((tmp_path / "runs" / name / "results.json").read_text())
+    fast, tiny = sizes["fast"], sizes["small"]
+    differ = {key for key in ssvae.SETTINGS if fast.get(key) != tiny.get(key)}
+    assert differ == {"hidden", "threshold"} and tiny["epochs"] == 1
+    assert tiny["hidden"] == [200, 200] and tiny["m1_hidden"] == [500, 500]
+    assert tiny["parameters"] < fast["parameters"] / 2
+    for model in MODELS:
+        fast, tiny = ssvae.settings_of(model), ssvae.settings_of(model, "small")
+        assert tiny == fast | ssvae.SMALL[model] and tiny["epochs"] < fast["epochs"]
+    assert ssvae.settings_of("m1", "small", "fashion")["beta"] == 0.3
+
+
 def test_networks_are_as_the_settings_say():
     """Weights drawn with that standard deviation and biases 0; batch normalisation in all networks
     or none; the decoders' layers in the encoders' order reversed."""
