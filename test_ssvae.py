@@ -1343,13 +1343,13 @@ def test_small_recipe_is_fast_with_smaller_networks(small, tmp_path, monkeypatch
     """A run by it records fast's settings but for what SMALL says, in a folder of its own; its
     networks have fewer weights; a data set's own settings apply too, and the command line wins."""
     monkeypatch.chdir(tmp_path)
-    sizes = {}
+    results = {}
     for recipe in ("fast", "small"):
         line = ["--model", "m1+m2", "--recipe", recipe, "--dataset", small, "--epochs", 1]
         run(*line, "--m1-epochs", 1, "--no-images")
         name = f"m1+m2-{small.name}-100-0" + "-small" * (recipe == "small")
-        sizes[recipe] = json.loads((tmp_path / "runs" / name / "results.json").read_text())
-    fast, tiny = sizes["fast"], sizes["small"]
+        results[recipe] = json.loads((tmp_path / "runs" / name / "results.json").read_text())
+    fast, tiny = results["fast"], results["small"]
     differ = {key for key in ssvae.SETTINGS if fast.get(key) != tiny.get(key)}
     assert differ == {"hidden", "threshold"} and tiny["epochs"] == 1
     assert tiny["hidden"] == [200, 200] and tiny["m1_hidden"] == [500, 500]
