@@ -264,7 +264,7 @@ class M1(nn.Module):
     def objective(self, x_l, y_l, x_u, N: int, M: int, fade: float, s) -> Tensor:
         """Training loss, a scalar in nats per image: the mean of J with its KL times beta * fade.
 
-        x_u [B, D] are the images; s are the settings (of which it needs beta); fade is
+        x_u [B, D] are images, labelled or not; s are the settings (it needs beta); fade is
         fade_in(the fraction of training done, s["ramp"]). The other arguments are M2's: one loop
         trains both, and M1 uses no labels.
 
@@ -472,12 +472,12 @@ class M2(nn.Module):
 
     def imbalance(self, log_q: Tensor) -> Tensor:
         """KL( p(y) || mean of q(y|x) over the B images ) times min(1, B / (50 K)), a scalar, nats;
-        log_q = log q(y|x), [B, K].
+        log_q = log q(y|x), [B, K]. (The factor is 1 for B = 500, K = 10; its reason: below.)
 
-        Averaged over x from the model, p(y|x) is p(y). No term of U asks this of q: a certain
-        q(y|x) pays -log p(y) = log K whichever class it names, even if it is always the same one.
-        The imbalance does: as a class empties, it grows without limit. With many images it is near
-        0 for a correct q(y|x), if classes are as frequent as p(y) says. (It is also 0 where every
+        Averaged over x from the model, p(y|x) is p(y). U does not ask this of q: a certain q(y|x)
+        pays -log p(y) = log K whichever class it names, even if it is always the same one. The
+        imbalance does: as a class empties, it grows without limit. With many images it is near 0
+        for a correct q(y|x), if classes are as frequent as p(y) says. (It is also 0 where every
         q(y|x) is 1/K, but there the labels pull the other way.)
         """
         # With p(y) = 1/K, KL = sum_y 1/K [ log 1/K - log m_y ], where m_y is the mean of q(y|x).
@@ -531,37 +531,36 @@ class M2(nn.Module):
             c alpha             -log q(y|x)      x_l     q(y|x)     (c: see (5), else 1)
             c balance           imbalance        x_u     q(y|x)
             c                   roughness        both    q(y|x)
-        After M2's training (MNIST, N = 100, seed 0) U is 96.5 nats (5000 test images): 78.8 for
-        -log p(x|y,z), 15.5 for the KL, 2.3 for -log p(y), less H, 0.06; -log q(y|x) of the labelled
-        images is 4e-6, the imbalance 0.01, the roughness 0.3.
+        (Recipe fast: alpha 10, balance 5 in M2; 1 and 5 in the stack.) After M2's training (MNIST,
+        N = 100, seed 0) U is 96.5 nats (5000 test images): 78.8 for -log p(x|y,z), 15.5 for the KL,
+        2.3 for -log p(y), less H, 0.06; -log q(y|x) of the labelled images is 4e-6, the imbalance
+        0.01, the roughness 0.3.
 
         The failure to avoid: q(y|x) soon fits the few labels and is certain everywhere, right or
         wrong. Eq. 7 weights L(x,y) by q(y|x), so the generative model then learns the wrong class,
-        and teaches it back. The fast recipe has five remedies that the paper lacks (M2: (1) to
-        (4)). What they are worth: README, and for (1) and (2) also COMMON MISTAKES.
+        and teaches it back. The fast recipe has remedies that the paper lacks, M2 (1) to (4), the
+        stack (5) too. What they are worth: README, and for (1) and (2) also COMMON MISTAKES.
         (1) U fades in: over the first s["ramp"] of training fade goes from 0 to 1, so q(y|x) learns
         from the labels before it learns from a generative model that knows nothing yet. (The
         generative model itself learns from U almost at once: in its gradient even a small weight of
         U soon outweighs L's, N / (N + M), 0.002 for 100 of 50,000, and Adam's steps hardly depend
-        on the gradient's scale.) Once fade is 1, minus the loss is a lower bound, as -J^alpha is
-        (but see mlp): all that stands beside L and U is >= 0. self.bound is always eq. 7's.
+        on the gradient's scale.) Once fade is 1, minus the loss is, on average, a lower bound, as
+        -J^alpha is (but see mlp): all that stands beside L and U is >= 0. self.bound is eq. 7's.
         (2) An alpha above the paper's keeps the labels from being outvoted by the many guesses. And
         a minibatch has 100 labelled images, where in proportion it would have one: the same means,
         with less noise.
         (3) No class may swallow another: balance times imbalance (of x_u) is added in full from the
         start, because classes are swallowed early.
-        (4) A boundary near an image costs: the mean of roughness over the minibatch is added
-        (s["smooth"] is its distance). To save time, this is done with weight 2 in a random half of
-        the steps instead. (Not on device cuda, where steps are recorded once and repeated: the coin
-        would always fall the same way.)
+        (4) A boundary near an image costs: the mean of roughness over the minibatch is added. Its
+        distance, s["smooth"], is Euclidean, in x or in the stack's z1: 2 is as far as four flipped
+        pixels. To save time, it is computed in a random half of the steps, times 2. (On device cuda
+        in all: where steps are recorded and repeated, a coin would always fall the same way.)
         (5) In the stack, many labels overrule U. U teaches q(y|x) the generative model's answer
         r(y). With 100 labels r is a better teacher than they are, with 3000 a worse one: r errs on
         2.4 % of the validation images, a q(y|.) trained without U on 1.6 %. So for N above
-        s["trust"], c = N / s["trust"], else c = 1. (As Adam's steps hardly depend on the loss's
-        scale, q(y|x) then sees U with 1/c of its weight; the other networks see no difference.)
-
-        Within L and U, unlike in M1, z's KL never fades in: of M2's 50 dimensions of z 9 to 17 stay
-        in use (N = 100, seeds 0 to 4).
+        s["trust"], c = N / s["trust"], else c = 1. (L does not contain q(y|x), and Adam's steps
+        hardly depend on the loss's scale: q(y|x) sees U with 1/c of its weight, the other networks
+        see no difference.)
         """
         seen = torch.cat([x_l, x_u]) if seen is None else seen
         log_q = self.log_q_y(seen)
@@ -626,8 +625,8 @@ class M2(nn.Module):
 # no longer change, so to raise this bound, M2, with a Gaussian p(z1|y,z2), is trained to lower
 # the mean of U(z1), with a fresh draw of z1 at every visit of an image. (That Gaussian's variance
 # is learned, but it cannot gain without limit by going to 0: the mean of U is at least the entropy
-# of z1, which q(z1|x)'s noise keeps finite.) For labelled x, log p(x,y) has the same bound with
-# -L(z1,y) <= log p(z1,y) in place of -U(z1).
+# of z1, which q(z1|x)'s noise keeps above some limit.) For labelled x, log p(x,y) has the same
+# bound with -L(z1,y) <= log p(z1,y) in place of -U(z1).
 # What q is given. The bound holds whatever q(z1|.) and q(y|.) look at. Let g be the grey image of
 # which the binary x is a draw (Gaussian data: g = x).
 #                         q(z1|.) sees    q(y|.) sees
@@ -638,8 +637,8 @@ class M2(nn.Module):
 #     for each g, not for each draw x of it. For the bound, q(z1|x) is what M1 was trained for and
 #     should be tighter.
 #   Images are classified by the mean; a classifier that sees it in training, too, errs less than
-#     one that sees draws. But r(y) depends on the draw z1, and its answer cannot: beside q = r the
-#     bound loses KL(q || r).
+#     one that sees draws. But r(y) depends on the draw z1, and its answer cannot: the bound is
+#     lower than with q = r, by the mean of KL(q || r).
 # What two stages give up: the bound is not maximised over all parameters together; q(z1|x) was
 # fitted to another prior and does not learn of the classes.
 
@@ -905,11 +904,11 @@ SETTINGS = {
                  "standard deviation of initial weights; 0: PyTorch's, 0.5 in M2's y tables"),
     "weight_prior": ((0.0, 0.0, 0.0), (0.0, 1.0, 1.0), (0.0,), "v: w ~ N(0, I / v); 0: none"),
     "alpha": ((None, 10.0, 1.0), (None, 0.1, 0.1), (0.0,), "weight of the classification loss"),
-    "balance": ((None, 5.0, 5.0), (None, 0.0, 0.0), (0.0,), "weight of M2.imbalance"),
+    "balance": ((None, 5.0, 5.0), (None, 0.0, 0.0), (0.0,), "of M2.imbalance: equal classes"),
     "smooth": ((None, 2.0, 1.0), (None, 0.0, 0.0), (0.0,), "distance in M2.roughness; 0: none"),
     "trust": ((None, 0.0, 300.0), (None, 0.0, 0.0), (0.0,), "N above which q(y|.) heeds U less"),
     "beta": ((1.0, None, None), (1.0, None, None), (0.0,), "weight of the KL in eq. 5"),
-    "ramp": ((0.15, 0.5, 0.5), (0.0, 0.0, 0.0), (0.0, 1.0), "part in which KL (M1), U fade in"),
+    "ramp": ((0.15, 0.5, 0.5), (0.0, 0.0, 0.0), (0.0, 1.0), "part in which M1's KL or U fades in"),
     "threshold": ((None, 0.01, 0.01), (None, 0.0, 0.0), (0.0, 1.0),
                   "U skips classes with q(y|x) below it (or 1/(2K), if less); default on GPUs 0"),
     "classifier_sees": ((None, None, "mean"), (None, None, "draw"), ("mean", "draw"),
