@@ -904,7 +904,7 @@ SETTINGS = {
                  "standard deviation of initial weights; 0: PyTorch's, 0.5 in M2's y tables"),
     "weight_prior": ((0.0, 0.0, 0.0), (0.0, 1.0, 1.0), (0.0,), "v: w ~ N(0, I / v); 0: none"),
     "alpha": ((None, 10.0, 1.0), (None, 0.1, 0.1), (0.0,), "weight of the classification loss"),
-    "balance": ((None, 5.0, 5.0), (None, 0.0, 0.0), (0.0,), "of M2.imbalance: equal classes"),
+    "balance": ((None, 5.0, 5.0), (None, 0.0, 0.0), (0.0,), "weight of M2.imbalance"),
     "smooth": ((None, 2.0, 1.0), (None, 0.0, 0.0), (0.0,), "distance in M2.roughness; 0: none"),
     "trust": ((None, 0.0, 300.0), (None, 0.0, 0.0), (0.0,), "N above which q(y|.) heeds U less"),
     "beta": ((1.0, None, None), (1.0, None, None), (0.0,), "weight of the KL in eq. 5"),
@@ -1827,7 +1827,8 @@ def evaluate_saved(args: argparse.Namespace) -> None:
 
 
 def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, dict | None]:
-    """(results of a finished run, model.pt of an unfinished one) in the folder, None where none.
+    """(results of a finished run, printed too; model.pt of an unfinished one) in the folder, None
+    where none.
 
     With --overwrite, removes what a run has written there. Raises BadInput rather than let a run
     be lost: if its settings differ, or it is unfinished and --resume is not given.
@@ -1844,7 +1845,7 @@ def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, d
             saved = load_saved(folder / "model.pt", device, finished=False)
             begun = saved["settings"]
         for key, value in settings.items():
-            # The file of the data may have moved: their checksum tells.
+            # The file of the data may have moved: the checksum tells.
             if key != "dataset" and begun.get(key) != value:
                 what = "other data" if key == "checksum" else f"{key} {begun.get(key)}, not {value}"
                 raise BadInput(f"{folder} holds a run with {what}; give another --out-dir")
