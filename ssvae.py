@@ -1796,7 +1796,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluate(model: nn.Module, data: Data) -> dict:
-    """The figures of a trained model. Until here nothing that was trained depends on the test set."""
+    """The figures of a trained model. Until here nothing trained depends on the test set."""
     return {
         "valid_error": error_rate(model.classify, data.x_valid, data.y_valid),
         "test_error": error_rate(model.classify, data.x_test, data.y_test),
