@@ -1575,8 +1575,8 @@ def load_saved(path: Path, device, finished=True) -> dict:
             raise ValueError(f"{damaged} in it is damaged")
         saved = torch.load(path, map_location=device, weights_only=True)
         s, kinds = saved["settings"], {"dataset": str, "checksum": int, "labels": int, "seed": int}
-        fits = [isinstance(s[name], kind) for name, kind in kinds.items()]
-        fits += [isinstance(saved["rows"], list), isinstance(saved["seconds"], float)]
+        kinds |= {"model": dict, "rows": list, "seconds": float}
+        fits = [isinstance((s | saved)[name], kind) for name, kind in kinds.items()]
         if not all(fits) or not 0 <= s["seed"] < 2**63 or saved.keys() != set(SAVED):
             raise ValueError("something in it is of another kind")
     if finished and saved["optimizer"] is not None:
@@ -1595,9 +1595,9 @@ class Run:
 
     def resume(self, stage: str, model: nn.Module, optimizer) -> int:
         """Go on from what was saved in this stage, if anything. Returns the epochs done."""
-        if not self.rows or self.rows[-1]["stage"] != stage:
-            return 0
         with or_bad_input(f"the model.pt in {self.folder} does not fit the model"):
+            if not self.rows or self.rows[-1]["stage"] != stage:
+                return 0
             model.load_state_dict(self.saved["model"])
             if self.saved["optimizer"]:
                 optimizer.load_state_dict(self.saved["optimizer"])

@@ -1148,7 +1148,8 @@ def assert_same(one, other):
 def test_training_raises_the_bound_and_lowers_the_error(small, tmp_path, model):
     """The bound by 5 nats from the first epoch to the last; the error well under chance, 90 %."""
     run("--model", model, "--dataset", small, "--epochs", 8, "--batch-size", 100,
-        "--hidden", 200, 200, "--out-dir", tmp_path, *(["--m1-epochs", 8] if model == "m1+m2" else []))  # fmt: skip
+        "--hidden", 200, 200, "--out-dir", tmp_path,
+        *(["--m1-epochs", 8] if model == "m1+m2" else []))  # fmt: skip
     _, results, log = outcome(tmp_path)
     assert len(log) == (16 if model == "m1+m2" else 8)
     assert float(log[-1]["bound"]) > float(log[0]["bound"]) + 5
@@ -1652,7 +1653,7 @@ def test_extreme_but_valid_values_run(small, tmp_path):
 
 
 def test_damaged_checkpoints_are_refused(small, tmp_path, monkeypatch, capsys):
-    """Truncated, foreign, older and malicious ones: one line, exit code 2, nothing run."""
+    """Truncated, foreign, older, altered and malicious ones: one line, exit code 2, nothing run."""
     args = (*quick("m2"), "--dataset", small, "--out-dir", tmp_path / "run")
     save = ssvae.Run.save
 
@@ -1674,6 +1675,10 @@ def test_damaged_checkpoints_are_refused(small, tmp_path, monkeypatch, capsys):
         lacking = torch.load(checkpoint, weights_only=True)
         del lacking[key]
         torch.save(lacking, tmp_path / f"no {key}.pt")
+    for key, value in (("rows", [5]), ("rows", [{"stage": "m2"}]), ("model", [])):
+        altered = torch.load(checkpoint, weights_only=True) | {key: value}
+        torch.save(altered, tmp_path / f"{key} {value}.pt")
+        names.append(f"{key} {value}.pt")
     rng = np.random.default_rng(0)
     cuts = [whole[: rng.integers(len(whole))] for _ in range(10)]
     middle = len(whole) // 2  # where the weights are
