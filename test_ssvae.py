@@ -1067,7 +1067,7 @@ def test_load_evaluates_and_redraws(small, narrow, tmp_path, capsys, monkeypatch
     assert "log p(x)" in capsys.readouterr().out
     other = tmp_path / "other.npz"
     np.savez(other, **{**np.load(small), "y_test": np.zeros(600, dtype=int)})
-    monkeypatch.setattr(ssvae, "glyphs", lambda make=ssvae.glyphs: make(1400))  # all take a while
+    monkeypatch.setattr(ssvae, "glyphs", lambda make=ssvae.glyphs: make(1400))  # 70,000 take long
     for wrong in (
         ("--model", "m2"), ("--labels", 5), ("--seed", 3), ("--epochs", 3), ("--dataset", "glyphs"),
         ("--dataset", other), ("--resume",), ("--m1", out / "model.pt"), ("--overwrite",),
@@ -1675,10 +1675,9 @@ def test_damaged_checkpoints_are_refused(small, tmp_path, monkeypatch, capsys):
         lacking = torch.load(checkpoint, weights_only=True)
         del lacking[key]
         torch.save(lacking, tmp_path / f"no {key}.pt")
-    for key, value in (("rows", [5]), ("rows", [{"stage": "m2"}]), ("model", [])):
-        altered = torch.load(checkpoint, weights_only=True) | {key: value}
-        torch.save(altered, tmp_path / f"{key} {value}.pt")
-        names.append(f"{key} {value}.pt")
+    for part in ({"rows": [5]}, {"rows": [{"stage": "m2"}]}, {"model": []}):
+        names.append(f"altered {len(names)}.pt")
+        torch.save(torch.load(checkpoint, weights_only=True) | part, tmp_path / names[-1])
     rng = np.random.default_rng(0)
     cuts = [whole[: rng.integers(len(whole))] for _ in range(10)]
     middle = len(whole) // 2  # where the weights are
