@@ -1116,6 +1116,7 @@ QUICK = ("--epochs", 2, "--batch-size", 200, "--hidden", 64, "--device", "cpu")
 def narrow(monkeypatch):
     """Networks with a layer of 64, the stack's M1 too, which --hidden does not reach."""
     monkeypatch.setitem(ssvae.SETTINGS, "hidden", (((64,),) * 3, *ssvae.SETTINGS["hidden"][1:]))
+    monkeypatch.setitem(ssvae.STACKED_M1, "hidden", (64,))
 
 
 def quick(model):
@@ -1365,6 +1366,9 @@ def test_small_recipe_is_fast_with_smaller_networks(small, tmp_path, monkeypatch
     assert differ == {"hidden", "threshold"} and tiny["epochs"] == 1
     assert tiny["hidden"] == [200, 200] and tiny["m1_hidden"] == [500, 500]
     assert tiny["parameters"] < fast["parameters"] / 2
+    own = dict(ssvae.STACKED_M1, epochs=1, hidden=list(ssvae.STACKED_M1["hidden"]))
+    assert fast.items() >= {"m1_" + key: value for key, value in own.items()}.items()
+    assert tiny["m1_ramp"] == ssvae.settings_of("m1")["ramp"] < fast["m1_ramp"]
     for model in MODELS:
         fast, tiny = ssvae.settings_of(model), ssvae.settings_of(model, "small")
         assert tiny == fast | ssvae.SMALL[model] and tiny["epochs"] < fast["epochs"]
@@ -1815,7 +1819,7 @@ def test_killed_at_random_moments_and_resumed(small, tmp_path, model):
 
 def test_reproduce_continues_and_makes_the_table(small, narrow, tmp_path, capsys, monkeypatch):
     """Interrupted, the same command goes on without repeating runs; means and standard deviations
-    by NumPy from the runs' own results; stacks share their seed's M1."""
+    by NumPy from the runs' own results; a seed's stacks share an M1, its runs of m1 another."""
     line = ["--reproduce", "--dataset", small, "--labels", 20, 50, "--seeds", 2, "--epochs", 1]
     line += ["--m1-epochs", 1, "--out-dir", tmp_path, "--no-images"]
     trained, train = [], ssvae.train
@@ -1830,10 +1834,13 @@ def test_reproduce_continues_and_makes_the_table(small, narrow, tmp_path, capsys
     monkeypatch.setattr(ssvae, "train", counted)
     run(*line, code=130)
     run(*line)
-    assert trained.count("M1") == 2 and len(trained) == 2 + 4 + 4 + 1
+    assert trained.count("M1") == 4 and len(trained) == 4 + 4 + 4 + 1
     table = (tmp_path / "table.md").read_text()
     results = json.loads((tmp_path / "table.json").read_text())
     assert len(results) == 12
+    lr = ssvae.settings_of("m1")["lr"]
+    assert {r["lr"] for r in results if r["model"] == "m1"} == {lr}
+    assert {r.get("m1_lr") for r in results} == {None, ssvae.STACKED_M1["lr"]}
     for model in MODELS:
         for N in (20, 50):
             found = [r for r in results if (r["model"], r["labels"]) == (model, N)]
@@ -1846,10 +1853,10 @@ def test_reproduce_continues_and_makes_the_table(small, narrow, tmp_path, capsys
         capsys.readouterr()
         run(*m1_alone, *other, code=2)
         assert f"with {other[0].strip('-').replace('-', '_')}" in capsys.readouterr().err
-    line[line.index(20)] = 30  # another N first: the same M1 serves
+    line[line.index(20)] = 30  # another N first: the same M1s serve
     trained.append("not to be interrupted")
     run(*line)
-    assert trained.count("M1") == 2 and len(trained) == 2 + 4 + 4 + 1 + 1 + 4
+    assert trained.count("M1") == 4 and len(trained) == 4 + 4 + 4 + 1 + 1 + 4
     results = json.loads((tmp_path / "table.json").read_text())
     assert sorted(r["labels"] for r in results) == [30] * 6 + [50] * 6  # what was asked
     finished = (tmp_path / "table.json").read_text()
