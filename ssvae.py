@@ -918,9 +918,9 @@ SETTINGS = {
 }
 # fmt: on
 
-# What "fast" changes in the column m1 for the stack's M1: it trains for a third of the time, and its
-# KL fades in to the very end. So its bound is worse (-96.5, not -92 nats), but more dimensions of
-# z stay active (34 to 38, not 30 to 32), from which M2 learns the class as well and sooner.
+# What "fast" changes in the column m1 for the stack's M1: it trains for a third of the time, and
+# its KL fades in to the very end. So its bound is worse (-96.5, not -92 nats), but more dimensions
+# of z stay active (34 to 38, not 30 to 32), from which M2 learns the class as well and sooner.
 STACKED_M1 = {"epochs": 21, "hidden": (1000, 500), "lr": 4e-3, "ramp": 1.0}
 
 # What a data set changes: the number of labels N (else 100), the key of its likelihood in
