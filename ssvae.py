@@ -36,11 +36,12 @@ NOTATION (the paper's, whose N sometimes means our N + M)
                 visit; Gaussian data: D coordinates in place of pixels (7 DATA)
     y           its class, an integer in 0..K-1, [B]
     z, z1, z2   continuous latent variables, [B, Z]
-    p_theta     the generative model, theta its networks' weights; in M2 p(y) p(z) p(x|y,z), the
-                last the "decoder"
+    p_theta     the generative model, theta its networks' weights: in M2 p(y) p(z) p(x|y,z), of
+                which p(x|y,z) is the "decoder"
     q_phi       the recognition model or "encoder": q(z|x), q(z|x,y) and the classifier q(y|x)
-    L, U, J     losses, minus a lower bound: of a labelled image (eq. 6), of an unlabelled one
-                (eq. 7), of the whole set (eq. 8; the paper writes J for M1's too, of one image)
+    L, U, J     losses, minus a lower bound on the log probability: of a labelled image (eq. 6), of
+                an unlabelled one (eq. 7), of the whole set (eq. 8; the paper writes J for M1's,
+                too, of one image)
     J^alpha     J + alpha times the classification loss (eq. 9; in the code per image, see M2)
     N, M        the number of labelled and of unlabelled training images
 The three models' losses are in nats (natural logarithm). E_q[.] is an expectation over q,
@@ -49,8 +50,8 @@ distribution over classes that gives class y probability pi_y.
 
 Sections 1 to 5 hold the theory, with COMMON MISTAKES at the end, 6 to 11 the machinery. The
 settings of models and training are in one table (6 SETTINGS), as two recipes: "paper", published
-for N = 100, and "fast", the default, ours ("small" is "fast" with narrower networks and fewer
-epochs).
+for N = 100, and "fast", the default, ours ("small" is "fast" with narrower networks, fewer
+epochs and other small changes).
 """
 
 import argparse
@@ -159,8 +160,8 @@ def kl_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
 def sample_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
     """Draw z ~ N(mu, diag(exp(logvar))), reparameterised: all [B, Z] (section 3.2).
 
-    z = mu + sigma * eps with eps ~ N(0, I). The randomness no longer depends on the parameters, so
-    for a continuous, piecewise smooth f (a network),
+    z = mu + sigma * eps with eps ~ N(0, I). The randomness no longer depends on mu and sigma, so
+    for a continuous, piecewise smooth f (a network), and grad with respect to mu and sigma,
         grad E_q[f(z)] = E_eps[ grad f(mu + sigma * eps) ]:
     the gradient of an average is an average of gradients, and one draw estimates it without bias.
     (The alternative, the score-function estimator f(z) grad log q(z), uses only the value of f, not
@@ -384,12 +385,12 @@ class M2(nn.Module):
         self.threshold = min(threshold, 0.5 / y_dim)  # so the largest q(y|x) stays
         self.outputs, self.log_density, self.mean = LIKELIHOODS[likelihood]
         self.q_y = mlp(x_dim, *hidden, y_dim, **kw)
-        # q(z|x,y) and p(x|y,z) take two inputs. Their first layer is linear in [x, one-hot(y)]:
-        # W [x, one-hot(y)] = W_x x + (column y of W_y). So W_x is the first layer of an ordinary
-        # MLP on x and W_y a table of K vectors, and W_x x is computed once for all classes.
-        # (In p(x|y,z) z takes the place of x; every pair of x and y has its own z, so nothing is
-        # shared there.) Unless init_std says otherwise, the tables start with larger entries than
-        # W_x, so that y matters from the start.
+        # q(z|x,y) and p(x|y,z) take two inputs. Their first layer has W [x, one-hot(y)] =
+        # W_x x + (column y of W_y). So W_x is the first layer of an ordinary MLP on x and W_y a
+        # table of K vectors, and W_x x is computed once for all classes. (In p(x|y,z) z takes the
+        # place of x; every pair of x and y has its own z, so nothing is shared there.) Unless
+        # init_std says otherwise, the tables start with larger entries than W_x, so that y matters
+        # from the start.
         self.q_z = mlp(x_dim, *hidden, 2 * z_dim, **kw)
         self.q_z_y = nn.Embedding(y_dim, hidden[0])
         self.p_x = mlp(z_dim, *reversed(hidden), x_dim * self.outputs, **kw)
@@ -457,9 +458,10 @@ class M2(nn.Module):
     def J_alpha(self, x_l, y_l, x_u, log_q, share_l, alpha, weight_u=1.0) -> Tensor:
         """Eq. 8 and 9 per image of the whole set, estimated from a minibatch: a scalar, nats.
 
-        x_l [n_l, D] have the labels y_l [n_l], x_u [n_u, D] have none. log_q: log q(y|x) of x_l,
-        then of x_u, [n_l + n_u, K]. share_l = N / (N + M). alpha: the weight per image, a of WHAT
-        ALPHA IS, not the paper's 0.1 N. weight_u multiplies U (fade, in objective).
+        x_l [n_l, D] have the labels y_l [n_l], x_u [n_u, D] have none. log_q: log q(y|.) of
+        x_l's images, then of x_u's, [n_l + n_u, K]. share_l = N / (N + M). alpha: the weight per
+        image, a of WHAT ALPHA IS, not the paper's 0.1 N. weight_u multiplies U (fade, in
+        objective).
 
         The means of L and U are weighted by their shares of the whole set, not of the minibatch.
         With weight_u = 1 and threshold 0 this estimates J^alpha / (N + M) (but for batch
@@ -486,7 +488,7 @@ class M2(nn.Module):
         # are not exactly B/K of each class. m_y is then a class's share of B images, with variance
         # 1/K (1 - 1/K) / B. To second order KL = K/2 sum_y (m_y - 1/K)^2 (the first order is 0, as
         # sum_y m_y = 1), on average (K - 1) / (2 B) if B is many times K (if a class is missing,
-        # KL is infinite). The factor keeps this near 0.01 nats or less, before s["balance"].
+        # KL is infinite). With the factor it is near 0.01 nats or less from B = 10 K on.
         B, K = log_q.shape
         log_mean_q = torch.logsumexp(log_q, 0) - math.log(B)
         return min(1.0, B / (50 * K)) * (-math.log(K) - log_mean_q.mean())
@@ -530,7 +532,7 @@ class M2(nn.Module):
             N / (N + M)         L                x_l     q(z|x,y) and p(x|y,z)
             fade M / (N + M)    U                x_u     all three networks
             c alpha             -log q(y|x)      x_l     q(y|x)     (c: see (5), else 1)
-            c balance           imbalance        x_u     q(y|x)
+            c balance           (imbalance)      x_u     q(y|x)     (no mean: one KL of all x_u)
             c                   roughness        both    q(y|x)
         (Recipe fast: alpha 10, balance 5 in M2; 1 and 5 in the stack.) After M2's training (MNIST,
         N = 100, seed 0) U is 96.5 nats (5000 test images): 78.8 for -log p(x|y,z), 15.5 for the KL,
@@ -540,7 +542,7 @@ class M2(nn.Module):
         The failure to avoid: q(y|x) soon fits the few labels and is certain everywhere, right or
         wrong. Eq. 7 weights L(x,y) by q(y|x), so the generative model then learns the wrong class,
         and teaches it back. The fast recipe has remedies that the paper lacks, M2 (1) to (4), the
-        stack (5) too. What they are worth: README, and for (1) and (2) also COMMON MISTAKES.
+        stack (5) too. What they are worth: README, and for (1) and alpha COMMON MISTAKES.
         (1) U fades in: over the first s["ramp"] of training fade goes from 0 to 1, so q(y|x) learns
         from the labels before it learns from a generative model that knows nothing yet. (The
         generative model itself learns from U almost at once: in its gradient even a small weight of
@@ -553,15 +555,15 @@ class M2(nn.Module):
         (3) No class may swallow another: balance times imbalance (of x_u) is added in full from the
         start, because classes are swallowed early.
         (4) A boundary near an image costs: the mean of roughness over the minibatch is added. Its
-        distance, s["smooth"], is Euclidean, in x or in the stack's z1: 2 is as far as four flipped
+        distance, s["smooth"], is Euclidean, in x or in M1's features: 2 is as far as four flipped
         pixels. To save time, it is computed in a random half of the steps, times 2. (On device cuda
         in all: where steps are recorded and repeated, a coin would always fall the same way.)
         (5) In the stack, many labels overrule U. U teaches q(y|x) the generative model's answer
-        r(y). With 100 labels r is a better teacher than they are, with 3000 a worse one: r errs on
-        2.4 % of the validation images, a q(y|.) trained without U on 1.6 %. So for N above
-        s["trust"], c = N / s["trust"], else c = 1. (L does not contain q(y|x), and Adam's steps
-        hardly depend on the loss's scale: q(y|x) sees U with 1/c of its weight, the other networks
-        see no difference.)
+        r(y). With 100 labels r is a better teacher than they are, with 3000 a worse one: r then
+        errs on 2.4 % of the validation images, a q(y|.) trained without U on 1.6 %. So for N above
+        s["trust"], c = N / s["trust"], else c = 1. (What c multiplies contains no network but
+        q(y|x), and Adam's steps hardly depend on the loss's scale: q(y|x) sees U with 1/c of its
+        weight, the other networks see no difference.)
         """
         seen = torch.cat([x_l, x_u]) if seen is None else seen
         log_q = self.log_q_y(seen)
@@ -638,8 +640,8 @@ class M2(nn.Module):
 #     for each g, not for each draw x of it. For the bound, q(z1|x) is what M1 was trained for and
 #     should be tighter.
 #   Images are classified by the mean; a classifier that sees it in training, too, errs less than
-#     one that sees draws. But r(y) depends on the draw z1, and its answer cannot: the bound is
-#     lower than with q = r, by the mean of KL(q || r).
+#     one that sees draws (README: 2.2, not 2.6 %). But r(y) depends on the draw z1, and such a
+#     q(y|.) cannot: the bound is lower than with q = r, by the mean of KL(q || r).
 # What two stages give up: the bound is not maximised over all parameters together; q(z1|x) was
 # fitted to another prior and does not learn of the classes.
 
@@ -719,7 +721,9 @@ class M1M2(nn.Module):
 
 def nearest(z: Tensor, points: Tensor, k: int) -> Tensor:
     """Indices of the k points [n, Z] nearest to each z [B, Z], nearest first: [B, k]."""
-    distances = (torch.cdist(some, points) for some in z.split(500))  # each [500, n]
+    # |z - p|^2 = |p|^2 - 2 z.p + |z|^2, and all points p share the last
+    squares = (points**2).sum(1)
+    distances = (torch.addmm(squares, some, points.T, alpha=-2) for some in z.split(200))
     return torch.cat([d.topk(min(k, len(points)), largest=False).indices for d in distances])
 
 
@@ -773,13 +777,13 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, C=0.3, steps=100, spread=0.3) 
     to d adds g(f_d) - g(f_c), where g(f) = max(0, 1 - f)^2 - max(0, 1 + f)^2 decreases in f, so it
     lowers the hinge if f_d > f_c.
 
-    No step is guaranteed to lower this aim. Unlabelled points start at f = -1, no class. In the
-    first `spread` (a fraction) of the steps labels spread without the last term, f = m: an early
-    wrong guess would spread too. After that, m + 1 is scaled, class by class, so that (m_c + 1)/2,
-    about 1 within class c and 0 elsewhere, has the mean 1/K over the points, as p(y) has it (wrong
-    for SVHN, used all the same). Every unlabelled point that a label has reached takes the f that
-    minimises its own two terms, given this m (svm_step). For a given y that minimum is
-    C / (1 + C) hinge(m, y), so the best y is the argmax of m.
+    No step is guaranteed to lower this aim (the scaling below is not in it). Unlabelled points
+    start at f = -1, no class. In the first `spread` (a fraction) of the steps labels spread without
+    the last term, f = m: an early wrong guess would spread too. After that, m + 1 is scaled, class
+    by class, so that (m_c + 1)/2, about 1 within class c and 0 elsewhere, has the mean 1/K over the
+    points, as p(y) has it (wrong for SVHN, used all the same). Every unlabelled point that a label
+    has reached takes the f that minimises its own two terms, given this m (svm_step). For a given y
+    that minimum is C / (1 + C) hinge(m, y), so the best y is the argmax of m.
 
     (Transductive SVMs: Joachims 1999; labels spreading on a graph: Zhu and Ghahramani 2002;
     scaling to the classes' shares: Zhu et al. 2003.)
@@ -1296,9 +1300,9 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run") -> None:
     n_u = min(M, s["batch_size"])  # unlabelled images in a minibatch
     n_l = s.get("batch_labelled") or round(N * n_u / M)  # labelled images in it
     n_l = min(N, max(n_l, 2 if s["batch_norm"] == "all" else 1))  # of one there is no variance
-    # An epoch sees each unlabelled image once (a remainder of fewer than n_u is left out). If the
-    # labelled images need more steps, N / n_l, it goes through the unlabelled ones again. Every
-    # minibatch has n_l labelled images, drawn afresh (all of them if n_l = N). M1 has N = 0.
+    # An epoch sees each unlabelled image once (a remainder of fewer than n_u is left out). If that
+    # is fewer than N / n_l steps, it has as many and sees unlabelled images again. Every minibatch
+    # has n_l labelled images, drawn afresh (all of them if n_l = N). M1 has N = 0.
     steps = max(M // n_u, math.ceil(N / max(1, n_l)))
     rounds = math.ceil(steps * n_u / M)
     # The paper gives M2's weights w a prior N(0, I), here N(0, I / v). Its -log p(w) / (N + M), the
@@ -1374,7 +1378,8 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run") -> None:
 def error_rate(classify, images: Tensor, y: Tensor) -> float:
     """Percentage of images whose largest score is not that of y.
 
-    Pixels go in as stored, grey: for Bernoulli pixels, the mean of the draws that training saw.
+    Pixels go in as stored, grey: for Bernoulli pixels, the mean of the draws that M1 and M2 saw in
+    training.
     """
     return 100 * (in_chunks(classify, images).argmax(1) != y).float().mean().item()
 
