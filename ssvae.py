@@ -59,7 +59,6 @@ import contextlib
 import csv
 import gzip
 import io
-import itertools
 import json
 import math
 import os
@@ -200,13 +199,10 @@ def mlp(inputs, *sizes, batch_norm="all", activation="relu", init_std=0.0):
     minus the loss is not exactly a bound on each image's log p(x). (That q depends on them is no
     problem: any q gives a bound.) In evaluation only running statistics are used, and it is one.
     """
-    *hidden, outputs = sizes
-    layers = []
-    for units in hidden:
-        norm = [nn.BatchNorm1d(units)] if batch_norm == "all" else []
-        layers += [nn.Linear(inputs, units), *norm, ACTIVATIONS[activation]()]
-        inputs = units
-    layers.append(nn.Linear(inputs, outputs))
+    layers = [nn.Linear(inputs, sizes[0])]
+    for i, units in enumerate(sizes[1:]):
+        norm = [nn.BatchNorm1d(sizes[i])] if batch_norm == "all" else []
+        layers += [*norm, ACTIVATIONS[activation](), nn.Linear(sizes[i], units)]
     for layer in layers:
         if isinstance(layer, nn.Linear) and init_std:
             nn.init.normal_(layer.weight, std=init_std)
@@ -848,15 +844,14 @@ def kernel_machine(z: Tensor, f: Tensor, R=6000) -> KernelMachine:
 # M2 as it is, --model m2 --epochs 10: the bound is -105 nats                            4.6 +- 1.5
 #   without alpha's term (--alpha 0): labels reach q(y|x) only through L, then U        46.8 +- 1.0
 #   without U (weight 0): L, the labels' loss, balance and roughness are left; the bound
-#     is -263 nats (after all epochs README has 17.7 for the same loss of q(y|x))       12.7 +- 2.2
+#     is -263 nats                                                                      12.7 +- 2.2
 #   without L: its weight is 0.002 here; it is U that teaches the generative model       4.2 +- 1.0
 #   without the entropy in U (no log q there)                                            4.3 +- 1.1
 #   the entropy with the wrong sign (L - log q in U), which rewards certainty            4.7 +- 1.5
 #     Neither of these two shows in the error. They are bounds still, but looser by H(q(y|x)) and by
 #     2 H, which is little once q(y|x) is nearly certain, as it soon is here.
-#   y drawn from q(y|x) instead of summed over. No gradient reaches q(y|x) through a
-#     draw: only entropy (which wants it uncertain), balance, roughness and the labels
-#     teach it                                                                          62.6 +- 5.1
+#   y drawn from q(y|x) instead of summed over. No gradient of L reaches q(y|x) through a
+#     draw: only entropy, balance, roughness and the labels teach it                    62.6 +- 5.1
 #   the likelihood averaged over pixels (mean for sum in log_bernoulli): the KL, 784
 #     times too heavy beside it, empties z; L hardly differs between classes, so U
 #     makes q uniform                                                                   62.4 +- 7.0
@@ -901,8 +896,7 @@ SETTINGS = {
     "z_dim": ((50, 50, 50), (50, 50, 50), (1, 9999), "of z or z2; 2: draws styles.png (not m1)"),
     "hidden": (((1000, 1000), (500, 500), (500, 500)), ((600, 600), (500, 500), (500,)), (1, 9999),
                "units in the hidden layers of every network"),
-    "activation": (("relu", "relu", "relu"), ("softplus", "softplus", "softplus"),
-                   ("relu", "softplus"), "of the hidden layers"),
+    "activation": (("relu",) * 3, ("softplus",) * 3, ("relu", "softplus"), "of hidden layers"),
     # Without it M1 uses fewer dimensions of z and the stack hardly any of z2 (see M1.objective).
     "batch_norm": (("all", "none", "all"), ("none", "none", "none"), ("all", "none"), "of layers"),
     "init_std": ((0.0, 0.0, 0.0), (0.0, 0.001, 0.001), (0.0,),
@@ -1040,6 +1034,7 @@ def glyphs(n: int = 70_000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 NORB_URL = "https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/"
 NORB_PARTS = "46789x9x18x6x2x96x96-training", "01235x9x18x6x2x96x96-testing"
+NORB_FILES = [f"smallnorb-5x{part}-{kind}.mat" for part in NORB_PARTS for kind in ("dat", "cat")]
 
 
 def load_norb(folder: Path) -> list[np.ndarray]:
@@ -1053,10 +1048,8 @@ def load_norb(folder: Path) -> list[np.ndarray]:
     from torchvision.datasets.utils import download_url
 
     arrays = []
-    for part, kind in itertools.product(NORB_PARTS, ("dat", "cat")):
-        name = f"smallnorb-5x{part}-{kind}.mat"
-        zipped = folder / (name + ".gz")
-        path, opened = (folder / name, open) if (folder / name).exists() else (zipped, gzip.open)
+    for plain in [folder / name for name in NORB_FILES]:
+        path, opened = (plain, open) if plain.exists() else (Path(f"{plain}.gz"), gzip.open)
         if not path.exists():
             download_url(NORB_URL + path.name, str(folder))
         hint = f"{path} is damaged or no NORB file; remove it to have it downloaded"
@@ -1065,7 +1058,7 @@ def load_norb(folder: Path) -> list[np.ndarray]:
             dtype = {0x1E3D4C55: "u1", 0x1E3D4C54: "<i4"}[magic]
             sizes = np.frombuffer(file.read(4 * max(3, ndim)), "<i4")[:ndim]  # 3 or more are stored
             array = np.frombuffer(file.read(), dtype).reshape(sizes)  # C order
-            if kind == "dat":  # [n, 2, 96, 96]
+            if "-dat" in path.name:  # [n, 2, 96, 96]
                 array = array.reshape(len(array), 2, 1, 32, 3, 32, 3)[:, 0]
                 array = array.sum((3, 5), dtype=np.uint16).astype(np.float32) / (9 * 255)
         arrays.append(array)
@@ -1458,8 +1451,8 @@ def curves(rows: list[dict]):
     page = Image.new("RGB", (960, 360), "white")
     draw = ImageDraw.Draw(page)
     titles = {"bound": "bound on log p(x), nats", "valid_error": "validation error, %"}
-    stages = [list(part) for _, part in itertools.groupby(rows, lambda row: row["stage"])]
-    rows = [row for part in stages for row in part[len(part) // 10 :]]  # not a stage's first tenth
+    done = {row["stage"]: row["epoch"] for row in rows}  # how many epochs a stage has
+    rows = [row for row in rows if row["epoch"] > done[row["stage"]] // 10]  # not its first tenth
     for left, (key, title) in zip((80, 570), titles.items()):
         values = [row[key] for row in rows]
         low, span = min(values), (max(values) - min(values)) or 1.0
@@ -1946,8 +1939,7 @@ def train_and_evaluate(args: argparse.Namespace) -> dict:
     results = s | {"torch": torch.__version__, "active": None if active is None else len(active)}
     results["parameters"] = sum(p.numel() for p in model.parameters())
     results["images_per_second"] = run.rows[-1]["images_per_second"] if run.rows else None
-    results |= evaluate(model, data)
-    results["seconds"] = time.perf_counter() - run.start
+    results |= evaluate(model, data) | {"seconds": time.perf_counter() - run.start}
     run.save(model, classifier=getattr(model, "classifier", None))
     write_file(folder / "results.json", json.dumps(results, indent=2).encode())
     print(summary(results))
@@ -1983,10 +1975,9 @@ def reproduce(args: argparse.Namespace) -> None:
                 # serves as well: go checks the other settings, and is told that N.
                 begun = os.path.exists(shared) and load_saved(shared, "cpu", finished=False)
                 N = begun["settings"]["labels"] if begun else args.labels[0]
-                own = {}
-                if args.model != "m1":
-                    own = settings_of("m1", args.recipe, args.dataset, stacked=model == "m1+m2")
-                    own["epochs"] = args.m1_epochs or own["epochs"]
+                own = settings_of("m1", args.recipe, args.dataset, stacked=model == "m1+m2")
+                own["epochs"] = args.m1_epochs or own["epochs"]
+                own = {} if args.model == "m1" else own
                 own["classifier"] = "knn"  # a quick one: the runs have theirs, or need none
                 seconds += go(shared.parent, "m1", N, seed, **own)["seconds"]
             for N in args.labels:
@@ -1994,25 +1985,23 @@ def reproduce(args: argparse.Namespace) -> None:
                 seconds, done = seconds + runs[-1]["seconds"], len(runs)
                 left = seconds / done * (total - done) / 60
                 print(f"{done} of {total} runs done, about {left:.0f} minutes left\n", flush=True)
-    table = write_table(folder, models, runs)
-    print(f"\n{table}\nWritten to {folder}/")
+    print(f"\n{write_table(folder, models, runs)}\nWritten to {folder}/")
 
 
 def write_table(folder: Path, models: list[str], results: list[dict]) -> str:
     """table.md, which is returned, and table.json, of these results: test error in %, mean +- std
     over the seeds."""
     dataset = Path(results[0]["dataset"]).name
-    lines = [f"Test error in %, {dataset}: mean +- standard deviation (the paper's)", ""]
-    lines += ["| N | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
+    text = f"Test error in %, {dataset}: mean +- standard deviation (the paper's)\n\n"
+    text += f"| N | {' | '.join(models)} |\n" + "|---" * (len(models) + 1) + "|\n"
     for N in sorted({run["labels"] for run in results}):
-        cells = []
+        text += f"| {N} |"
         for model in models:
             runs = [run for run in results if (run["model"], run["labels"]) == (model, N)]
             errors = [run["test_error"] for run in runs]
             spread = f" +- {np.std(errors, ddof=1):.2f}" if len(errors) > 1 else ""
-            cells.append(f"{np.mean(errors):.2f}{spread}{paper_has(runs[0])}")
-        lines.append(f"| {N} | " + " | ".join(cells) + " |")
-    text = "\n".join(lines) + "\n"
+            text += f" {np.mean(errors):.2f}{spread}{paper_has(runs[0])} |"
+        text += "\n"
     write_file(folder / "table.md", text.encode())
     write_file(folder / "table.json", json.dumps(results, indent=1).encode())
     return text

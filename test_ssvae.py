@@ -1030,10 +1030,11 @@ def test_pictures_show_what_they_say(small, tmp_path):
 def test_curves_rise_where_the_values_do():
     """The line's height follows the values: top and bottom of the panels, one row and many. What
     the first tenth of a stage's epochs had does not matter."""
-    stages = ["m1"] * 10 + ["m1+m2"] * 20
+    epochs = [("m1", epoch + 1) for epoch in range(10)]
+    epochs += [("m1+m2", epoch + 1) for epoch in range(20)]
     rows = [
-        {"stage": stage, "epoch": i + 1, "bound": -100.0 + i, "valid_error": 50.0 - i}
-        for i, stage in enumerate(stages)
+        {"stage": stage, "epoch": epoch, "bound": -100.0 + i, "valid_error": 50.0 - i}
+        for i, (stage, epoch) in enumerate(epochs)
     ]
     page = np.array(ssvae.curves(rows)).astype(int)
     navy = (page[..., 2] > page[..., 0] + 60) & (page[..., 0] < 60)
