@@ -550,10 +550,11 @@ class M2(nn.Module):
         with less noise.
         (3) No class may swallow another: balance times imbalance (of x_u) is added in full from the
         start, because classes are swallowed early.
-        (4) A boundary near an image costs: the mean of roughness over the minibatch is added. Its
-        distance, s["smooth"], is Euclidean, in x or in M1's features: 2 is as far as four flipped
-        pixels. To save time, it is computed in a random half of the steps, times 2. (On device cuda
-        in all: where steps are recorded and repeated, a coin would always fall the same way.)
+        (4) A boundary near an image costs: the mean of roughness over the minibatch is added, with
+        weight 1; how much it asks is set by its distance, s["smooth"], which is Euclidean, in x or
+        in M1's features: 2 is as far as four flipped pixels. To save time, it is computed in a
+        random half of the steps, times 2. (On device cuda in all: where steps are recorded and
+        repeated, a coin would always fall the same way.)
         (5) In the stack, many labels overrule U. U teaches q(y|x) the generative model's answer
         r(y). With 100 labels r is a better teacher than they are, with 3000 a worse one: r then
         errs on 2.4 % of the validation images, a q(y|.) trained without U on 1.6 %. So for N above
