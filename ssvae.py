@@ -637,7 +637,7 @@ class M2(nn.Module):
 #     for each g, not for each draw x of it. For the bound, q(z1|x) is what M1 was trained for and
 #     should be tighter.
 #   Images are classified by the mean; a classifier that sees it in training, too, errs less than
-#     one that sees draws (README: 2.2, not 2.6 %). But r(y) depends on the draw z1, and such a
+#     one that sees draws (README: 2.0, not 2.5 %). But r(y) depends on the draw z1, and such a
 #     q(y|.) cannot: the bound is lower than with q = r, by the mean of KL(q || r).
 # What two stages give up: the bound is not maximised over all parameters together; q(z1|x) was
 # fitted to another prior and does not learn of the classes.
