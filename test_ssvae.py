@@ -3,7 +3,7 @@
     python -m pytest -q test_ssvae.py   runs the tests
     python test_ssvae.py                prints how fast training is here (a few minutes)
 
-Tests on real MNIST need SSVAE_DATA_DIR, a torchvision root, and are skipped without it.
+Tests on real images need SSVAE_DATA_DIR, a torchvision root, and are skipped without it.
 """
 
 import contextlib
@@ -1935,15 +1935,18 @@ def test_auto_falls_back_on_glyphs_and_says_so(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "out" / "results.json").read_text())["dataset"] == "glyphs"
 
 
-@pytest.mark.skipif(not os.environ.get("SSVAE_DATA_DIR"), reason="SSVAE_DATA_DIR is not set")
+def real_files(dataset):
+    """The folder of a data set's files. The test is skipped without it."""
+    root = os.environ.get("SSVAE_DATA_DIR") or pytest.skip("SSVAE_DATA_DIR is not set")
+    source = Path(root) / {"mnist": "MNIST", "fashion": "FashionMNIST"}[dataset] / "raw"
+    return source if source.exists() else pytest.skip(f"{source} is not there")
+
+
 @pytest.mark.parametrize("dataset", ["mnist", "fashion"])
 def test_truncated_data_files_are_not_read_silently(dataset, tmp_path):
     """One of the four files cut at ten random places, then each byte of its header flipped."""
-    name = {"mnist": "MNIST", "fashion": "FashionMNIST"}[dataset]
-    source = Path(os.environ["SSVAE_DATA_DIR"]) / name / "raw"
-    if not source.exists():
-        pytest.skip(f"{source} is not there")
-    raw = tmp_path / name / "raw"
+    source = real_files(dataset)
+    raw = tmp_path / source.parent.name / "raw"
     raw.mkdir(parents=True)
     for path in source.glob("*-ubyte"):
         (raw / path.name).symlink_to(path)
@@ -1964,10 +1967,10 @@ def test_truncated_data_files_are_not_read_silently(dataset, tmp_path):
     assert [len(a) for a in ssvae.load_known(dataset, tmp_path)] == [60000] * 2 + [10000] * 2
 
 
-@pytest.mark.skipif(not os.environ.get("SSVAE_DATA_DIR"), reason="SSVAE_DATA_DIR is not set")
 @pytest.mark.parametrize(("dataset", "most"), [("mnist", 15), ("fashion", 28)])
 def test_short_run_on_real_images(tmp_path, dataset, most):
     """M2 with 1000 labels, one epoch: less than this error, in %, on the test set."""
+    real_files(dataset)
     run("--dataset", dataset, "--labels", 1000, "--epochs", 1, "--hidden", 200, 200,
         "--out-dir", tmp_path, "--no-images")  # fmt: skip
     assert outcome(tmp_path)[1]["test_error"] < most
