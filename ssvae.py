@@ -40,8 +40,8 @@ NOTATION (the paper's, whose N sometimes means our N + M)
                 which p(x|y,z) is the "decoder"
     q_phi       the recognition model or "encoder": q(z|x), q(z|x,y) and the classifier q(y|x)
     L, U, J     losses, minus a lower bound on the log probability: of a labelled image (eq. 6), of
-                an unlabelled one (eq. 7), of the whole set (eq. 8; the paper writes J for M1's,
-                too, of one image)
+                an unlabelled one (eq. 7), of the whole set (eq. 8; the paper's J in M1
+                is of one image)
     J^alpha     J + alpha times the classification loss (eq. 9; in the code per image, see M2)
     N, M        the number of labelled and of unlabelled training images
 The three models' losses are in nats (natural logarithm). E_q[.] is an expectation over q,
@@ -543,22 +543,23 @@ class M2(nn.Module):
         from the labels before it learns from a generative model that knows nothing yet. (The
         generative model itself learns from U almost at once: in its gradient even a small weight of
         U soon outweighs L's, N / (N + M), 0.002 for 100 of 50,000, and Adam's steps hardly depend
-        on the gradient's scale.) Once fade is 1, minus the loss is, on average, a lower bound, as
-        -J^alpha is (but see mlp): all that stands beside L and U is >= 0. self.bound is eq. 7's.
+        on the gradient's scale.) Once fade is 1, minus N + M times the loss is, on average, a lower
+        bound like -J^alpha (but see mlp): all that stands beside L and U is >= 0. self.bound is
+        eq. 7's.
         (2) An alpha above the paper's keeps the labels from being outvoted by the many guesses. And
         a minibatch has 100 labelled images, where in proportion it would have one: the same means,
         with less noise.
         (3) No class may swallow another: balance times imbalance (of x_u) is added in full from the
         start, because classes are swallowed early.
         (4) A boundary near an image costs: the mean of roughness over the minibatch is added, with
-        weight 1; how much it asks is set by its distance, s["smooth"], which is Euclidean, in x or
+        weight c; how much it asks is set by its distance, s["smooth"], which is Euclidean, in x or
         in M1's features: 2 is as far as four flipped pixels. To save time, it is computed in a
         random half of the steps, times 2. (On device cuda in all: where steps are recorded and
         repeated, a coin would always fall the same way.)
         (5) In the stack, many labels overrule U. U teaches q(y|x) the generative model's answer
         r(y). With 100 labels r is a better teacher than they are, with 3000 a worse one: r then
-        errs on 2.4 % of the validation images, a q(y|.) trained without U on 1.6 %. So for N above
-        s["trust"], c = N / s["trust"], else c = 1. (What c multiplies contains no network but
+        errs on 2.4 % of the validation images, a q(y|.) trained without U on 1.6 %. So
+        c = N / s["trust"] if N > s["trust"] > 0, else 1. (What c multiplies contains no network but
         q(y|x), and Adam's steps hardly depend on the loss's scale: q(y|x) sees U with 1/c of its
         weight, the other networks see no difference.)
         """
@@ -610,8 +611,8 @@ class M2(nn.Module):
 # Why stack? What U teaches, r(y), is decided by the differences of L(x,y) between classes. On
 # pixels a flexible decoder can explain an image well under the wrong class: the class is at most
 # log 10 = 2.3 of the 100 or so nats that an image costs; strokes' thickness, slant and place cost
-# far more. z1 leaves less to explain: some 36 numbers, blurred by q(z1|x)'s noise, that say at most
-# 33 nats or so about an image of MNIST (M1's mean KL).
+# far more. z1 leaves less to explain: some 36 numbers, blurred by q(z1|x)'s noise, that say on
+# average at most 33 nats about an image of MNIST (M1's mean KL).
 #
 # The bound. With z1 and M1's q(z1|x), the derivation of eq. 5 reads
 #     log p(x) >= E_q(z1|x)[ log p(x|z1) + log p(z1) - log q(z1|x) ],
@@ -906,7 +907,7 @@ SETTINGS = {
     "alpha": ((None, 10.0, 1.0), (None, 0.1, 0.1), (0.0,), "weight of the classification loss"),
     "balance": ((None, 5.0, 5.0), (None, 0.0, 0.0), (0.0,), "weight of M2.imbalance"),
     "smooth": ((None, 2.0, 1.0), (None, 0.0, 0.0), (0.0,), "distance in M2.roughness; 0: none"),
-    "trust": ((None, 0.0, 300.0), (None, 0.0, 0.0), (0.0,), "N above which q(y|.) heeds U less"),
+    "trust": ((None, 0.0, 300.0), (None, 0.0, 0.0), (0.0,), "if > 0: U counts less for N above"),
     "beta": ((1.0, None, None), (1.0, None, None), (0.0,), "weight of the KL in eq. 5"),
     "ramp": ((0.15, 0.5, 0.5), (0.0, 0.0, 0.0), (0.0, 1.0), "part in which M1's KL or U fades in"),
     "threshold": ((None, 0.01, 0.01), (None, 0.0, 0.0), (0.0, 1.0),
@@ -919,7 +920,7 @@ SETTINGS = {
 
 # What "fast" changes in the column m1 for the stack's M1: it trains for a third of the time, and
 # its KL fades in to the very end. So its bound is worse (-96.5, not -92 nats), but more dimensions
-# of z stay active (34 to 38, not 30 to 32), from which M2 learns the class as well and sooner.
+# of z stay active (34 to 38, not 30 to 32), from which M2 learns the class equally well, sooner.
 STACKED_M1 = {"epochs": 21, "hidden": (1000, 500), "lr": 4e-3, "ramp": 1.0}
 
 # What a data set changes: the number of labels N (else 100), the key of its likelihood in
