@@ -40,8 +40,8 @@ NOTATION (the paper's, whose N sometimes means our N + M)
                 which p(x|y,z) is the "decoder"
     q_phi       the recognition model or "encoder": q(z|x), q(z|x,y) and the classifier q(y|x)
     L, U, J     losses, minus a lower bound on the log probability: of a labelled image (eq. 6), of
-                an unlabelled one (eq. 7), of the whole set (eq. 8; the paper's J in M1
-                is of one image)
+                an unlabelled one (eq. 7), of the whole set (eq. 8; the paper's J in M1 is of one
+                image)
     J^alpha     J + alpha times the classification loss (eq. 9; in the code per image, see M2)
     N, M        the number of labelled and of unlabelled training images
 The three models' losses are in nats (natural logarithm). E_q[.] is an expectation over q,
@@ -543,9 +543,9 @@ class M2(nn.Module):
         from the labels before it learns from a generative model that knows nothing yet. (The
         generative model itself learns from U almost at once: in its gradient even a small weight of
         U soon outweighs L's, N / (N + M), 0.002 for 100 of 50,000, and Adam's steps hardly depend
-        on the gradient's scale.) Once fade is 1, minus N + M times the loss is, on average, a lower
-        bound like -J^alpha (but see mlp): all that stands beside L and U is >= 0. self.bound is
-        eq. 7's.
+        on the gradient's scale.) Once fade is 1, minus (N + M) times the loss is, on average, a
+        lower bound like -J^alpha (but see mlp): all that stands beside L and U is >= 0. self.bound
+        is eq. 7's.
         (2) An alpha above the paper's keeps the labels from being outvoted by the many guesses. And
         a minibatch has 100 labelled images, where in proportion it would have one: the same means,
         with less noise.
@@ -719,7 +719,8 @@ class M1M2(nn.Module):
 
 def nearest(z: Tensor, points: Tensor, k: int) -> Tensor:
     """Indices of the k points [n, Z] nearest to each z [B, Z], nearest first: [B, k]."""
-    # |z - p|^2 = |p|^2 - 2 z.p + |z|^2, and all points p share the last
+    # |z - p|^2 = |p|^2 - 2 z.p + |z|^2, and all points p share the last. (torch.cdist would copy
+    # all points for each 200 of z.)
     squares = (points**2).sum(1)
     distances = (torch.addmm(squares, some, points.T, alpha=-2) for some in z.split(200))
     return torch.cat([d.topk(min(k, len(points)), largest=False).indices for d in distances])
@@ -920,7 +921,7 @@ SETTINGS = {
 
 # What "fast" changes in the column m1 for the stack's M1: it trains for a third of the time, and
 # its KL fades in to the very end. So its bound is worse (-96.5, not -92 nats), but more dimensions
-# of z stay active (34 to 38, not 30 to 32), from which M2 learns the class equally well, sooner.
+# of z stay active (35 to 38, not 30 to 32), from which M2 learns the class equally well, sooner.
 STACKED_M1 = {"epochs": 21, "hidden": (1000, 500), "lr": 4e-3, "ramp": 1.0}
 
 # What a data set changes: the number of labels N (else 100), the key of its likelihood in
