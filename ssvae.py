@@ -2,6 +2,7 @@ r"""Semi-supervised learning with deep generative models: M1, M2 and M1+M2, in o
 
     D. P. Kingma, D. J. Rezende, S. Mohamed, M. Welling,
     "Semi-Supervised Learning with Deep Generative Models", NIPS 2014, arXiv 1406.5298v2.
+    The authors' code: https://github.com/dpkingma/nips14-ssl (Python 2, Theano).
 
 "eq. 5" and "section 3.1.1" are that paper's; this file's own sections are 1 BUILDING BLOCKS to 11
 THE COMMAND LINE. Run it:
@@ -31,17 +32,18 @@ All three meet one difficulty: log p(x), which training should raise, is the log
 integral over the latent variables. So we raise a lower bound that we can compute (derived at M1).
 
 NOTATION (the paper's, whose N sometimes means our N + M)
-    x           an image as a vector of D pixels, [B, D] in a minibatch of B; a binary one is drawn
-                from a grey one (a pixel's grey is its probability of being on), afresh at every
-                visit; Gaussian data: D coordinates in place of pixels (7 DATA)
+    x           an image as a vector, [B, D] in a minibatch of B. MNIST: D = 784 pixels, each 0 or
+                1, drawn afresh at every visit from the grey image, whose greys are read as
+                probabilities of 1 (observe). Colour images and NORB's: D real coordinates, with a
+                Gaussian p(x|.) (7 DATA)
     y           its class, an integer in 0..K-1, [B]
     z, z1, z2   continuous latent variables, [B, Z]
     p_theta     the generative model, theta its networks' weights: in M2 p(y) p(z) p(x|y,z), of
                 which p(x|y,z) is the "decoder"
     q_phi       the recognition model or "encoder": q(z|x), q(z|x,y) and the classifier q(y|x)
-    L, U, J     losses, minus a lower bound on the log probability: of a labelled image (eq. 6), of
-                an unlabelled one (eq. 7), of the whole set (eq. 8; the paper's J in M1 is of one
-                image)
+    L, U, J     losses, each minus a lower bound on a log probability: L(x,y) of a labelled image
+                (eq. 6), U(x) of an unlabelled one (eq. 7), J of the whole set (eq. 8). M1 has J(x),
+                of one image (eq. 5)
     J^alpha     J + alpha times the classification loss (eq. 9; in the code per image, see M2)
     N, M        the number of labelled and of unlabelled training images
 The three models' losses are in nats (natural logarithm). E_q[.] is an expectation over q,
@@ -129,9 +131,10 @@ def log_gaussian(x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     any real number:  sum_d  -1/2 [ log 2 pi + log sigma_d^2 + (x_d - mu_d)^2 / sigma_d^2 ].
     As a likelihood its variance is learned: over data that share a sigma, the likelihood is highest
     where sigma^2 is their mean of (x - mu)^2, so errors are measured in units of their usual size.
-    (With sigma fixed at 1, minus this is half the squared error plus a constant; its weight beside
-    the KL is arbitrary. A density has no upper limit: at a few x that a decoder can copy exactly,
-    sigma would go to 0.)
+    (With sigma fixed at 1, minus this would be half the squared error plus a constant, and what it
+    weighs beside the KL would depend on the unit of x. A learned sigma has a danger of its own: a
+    density has no upper limit, so at a few x that a decoder can copy exactly sigma would go to 0,
+    and the bound to infinity.)
     """
     mu, logvar = mu.float(), logvar.float()
     return -0.5 * (math.log(2 * math.pi) + logvar + (x - mu) ** 2 * torch.exp(-logvar)).sum(-1)
@@ -200,9 +203,9 @@ def mlp(inputs, *sizes, batch_norm="all", activation="relu", init_std=0.0):
     problem: any q gives a bound.) In evaluation only running statistics are used, and it is one.
     """
     layers = [nn.Linear(inputs, sizes[0])]
-    for i, units in enumerate(sizes[1:]):
-        norm = [nn.BatchNorm1d(sizes[i])] if batch_norm == "all" else []
-        layers += [*norm, ACTIVATIONS[activation](), nn.Linear(sizes[i], units)]
+    for i in range(1, len(sizes)):
+        norm = [nn.BatchNorm1d(sizes[i - 1])] if batch_norm == "all" else []
+        layers += [*norm, ACTIVATIONS[activation](), nn.Linear(sizes[i - 1], sizes[i])]
     for layer in layers:
         if isinstance(layer, nn.Linear) and init_std:
             nn.init.normal_(layer.weight, std=init_std)
@@ -314,6 +317,7 @@ class M1(nn.Module):
 # =================================================================================================
 #
 # p(y) = Cat(1/K, ..., 1/K),  p(z) = N(0, I),  p(x|y,z) = f(x; y, z, theta)                  (eq. 2)
+# (The paper's p(y) is Cat(pi). Digits are about equally frequent.)
 # q(z|x,y) = N(mu(x,y), diag sigma^2(x,y)),    q(y|x) = Cat(pi(x))                           (eq. 4)
 # (The paper has sigma^2(x); the authors' code lets it depend on y as well, and so do we.)
 #
@@ -422,11 +426,11 @@ class M2(nn.Module):
         return -(log_p_x + log_p_y - kl_gaussian(mu, logvar))
 
     def pairs(self, x: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """i, y and once, [P]: all B * K pairs of an image x [B, D] and a class, or those where
+        """i, y and real, [P]: all B * K pairs of an image x [B, D] and a class, or those where
         keep, [B, K], is True.
 
         CPU libraries prepare anew for every shape they meet, so the kept pairs are filled up to a
-        multiple of ceil(B/10) with repetitions. once, [P], is False for these: they have weight 0
+        multiple of ceil(B/10) with repetitions. real, [P], is False for these: they have weight 0
         in U, though batch normalisation sees them.
         """
         B, K = len(x), self.y_dim
@@ -438,49 +442,49 @@ class M2(nn.Module):
     def U(self, x: Tensor, log_q: Tensor | None = None, threshold: float = 0.0) -> Tensor:
         """Eq. 7, with q~ for q where there is a threshold (< 1/K), [B], nats per image.
         log_q = log q(y|x), [B, K]."""
-        # But for threshold and batch normalisation, what follows does in one go what these do:
+        # With threshold 0 and no batch normalisation (it takes its statistics over all pairs that L
+        # is given at once), what follows does in one go what these two lines do:
         #     L = torch.stack([self.L(x, torch.full((B,), y)) for y in range(K)], 1)     # [B, K]
         #     return (log_q.exp() * (L + log_q)).sum(1)
         B, K = len(x), self.y_dim
         log_q = self.log_q_y(x) if log_q is None else log_q
         keep = log_q.exp() >= threshold  # [B, K]
         log_q = log_q - (log_q.exp() * keep).sum(-1, keepdim=True).log()  # log q~(y|x)
-        i, y, once = self.pairs(x, keep if threshold else None)
+        i, y, real = self.pairs(x, keep if threshold else None)
         log_q = log_q.flatten().index_select(0, i * K + y)  # [P]
-        q = log_q.exp() * once
+        q = log_q.exp() * real
         terms = q * (self.L(x, y, i) + log_q)  # q~(y|x) [ L(x,y) + log q~(y|x) ]
         return torch.zeros(B, device=x.device).index_add(0, i, terms)  # sum over y
 
-    def J_alpha(self, x_l, y_l, x_u, log_q, share_l, alpha, weight_u=1.0) -> Tensor:
+    def J_alpha(self, x_l, y_l, x_u, log_q, share_l, alpha, fade=1.0) -> Tensor:
         """Eq. 8 and 9 per image of the whole set, estimated from a minibatch: a scalar, nats.
 
         x_l [n_l, D] have the labels y_l [n_l], x_u [n_u, D] have none. log_q: log q(y|.) of
         x_l's images, then of x_u's, [n_l + n_u, K]. share_l = N / (N + M). alpha: the weight per
-        image, a of WHAT ALPHA IS, not the paper's 0.1 N. weight_u multiplies U (fade, in
-        objective).
+        image, a of WHAT ALPHA IS, not the paper's 0.1 N. fade multiplies U.
 
         The means of L and U are weighted by their shares of the whole set, not of the minibatch.
-        With weight_u = 1 and threshold 0 this estimates J^alpha / (N + M) (but for batch
+        With fade = 1 and threshold 0 this estimates J^alpha / (N + M) (but for batch
         normalisation: see mlp).
         """
         log_q_l, log_q_u = log_q.split([len(x_l), len(x_u)])
         L = self.L(x_l, y_l)
         U = self.U(x_u, log_q_u, self.threshold)
         classification = F.nll_loss(log_q_l, y_l)  # the mean of -log q(y|x)
-        return share_l * L.mean() + (1 - share_l) * weight_u * U.mean() + alpha * classification
+        return share_l * L.mean() + (1 - share_l) * fade * U.mean() + alpha * classification
 
     def imbalance(self, log_q: Tensor) -> Tensor:
         """KL( p(y) || mean of q(y|x) over the B images ) times min(1, B / (50 K)), a scalar, nats;
         log_q = log q(y|x), [B, K]. (The factor is 1 for B = 500, K = 10; its reason: below.)
 
-        Averaged over x from the model, p(y|x) is p(y). U does not ask this of q: a certain q(y|x)
-        pays -log p(y) = log K whichever class it names, even if it is always the same one. The
-        imbalance does: as a class empties, it grows without limit. With many images it is near 0
-        for a correct q(y|x), if classes are as frequent as p(y) says. (It is also 0 where every
-        q(y|x) is 1/K, but there the labels pull the other way.)
+        Averaged over x from the model, p(y|x) is p(y). U does not ask this of q: where q(y|x) is
+        sure of a class it pays -log p(y) = log K, whichever class that is, even if it is the same
+        one for all images. The imbalance does ask: as a class empties, it grows without limit. With
+        many images it is near 0 for a correct q(y|x), if classes are as frequent as p(y) says. (It
+        is also 0 where every q(y|x) is 1/K, but there the labels pull the other way.)
         """
         # With p(y) = 1/K, KL = sum_y 1/K [ log 1/K - log m_y ], where m_y is the mean of q(y|x).
-        # Why the factor: even a q(y|x) that is right and certain has an imbalance, because B images
+        # Why the factor: even a q(y|x) that is right and sure has an imbalance, because B images
         # are not exactly B/K of each class. m_y is then a class's share of B images, with variance
         # 1/K (1 - 1/K) / B. To second order KL = K/2 sum_y (m_y - 1/K)^2 (the first order is 0, as
         # sum_y m_y = 1), on average (K - 1) / (2 B) if B is many times K (if a class is missing,
@@ -502,8 +506,9 @@ class M2(nn.Module):
         with the largest eigenvalue. A step of the power method turns a random delta roughly there,
         multiplying it by A; for small delta, A delta is the gradient of the KL at delta. (Only an
         estimate: our delta is not small, as a tiny one would drown in bfloat16's rounding, and with
-        batch normalisation each q also depends on the other images' delta.) Training sees delta and
-        q(y|x) as constants: q(y|x+delta) is to move to q(y|x), not it to that.
+        batch normalisation each q also depends on the other images' delta.) Delta and q(y|x)
+        are constants in the gradient: q(y|x+delta) is to move towards q(y|x), not the other way
+        round.
         """
         log_q = log_q.detach()
         # Batch normalisation would put x + delta into the running statistics, by which images are
@@ -537,8 +542,8 @@ class M2(nn.Module):
 
         The failure to avoid: q(y|x) soon fits the few labels and is certain everywhere, right or
         wrong. Eq. 7 weights L(x,y) by q(y|x), so the generative model then learns the wrong class,
-        and teaches it back. The fast recipe has remedies that the paper lacks, M2 (1) to (4), the
-        stack (5) too. What they are worth: README, and for (1) and alpha COMMON MISTAKES.
+        and teaches it back. The fast recipe has remedies that the paper lacks: (1) to (4), in the
+        stack (5) as well. What they are worth: README, and for (1) and alpha COMMON MISTAKES.
         (1) U fades in: over the first s["ramp"] of training fade goes from 0 to 1, so q(y|x) learns
         from the labels before it learns from a generative model that knows nothing yet. (The
         generative model itself learns from U almost at once: in its gradient even a small weight of
@@ -625,14 +630,15 @@ class M2(nn.Module):
 # Training is in two stages. M1 is trained with p(z1) = N(0, I) and then frozen: p(x|z1) and q(z1|x)
 # no longer change, so to raise this bound, M2, with a Gaussian p(z1|y,z2), is trained to lower
 # the mean of U(z1), with a fresh draw of z1 at every visit of an image. (That Gaussian's variance
-# is learned, but it cannot gain without limit by going to 0: the mean of U is at least the entropy
-# of z1, which q(z1|x)'s noise keeps above some limit.) For labelled x, log p(x,y) has the same
-# bound with -L(z1,y) <= log p(z1,y) in place of -U(z1).
+# is learned, but it cannot gain without limit by going to 0: the mean of U is at least that of
+# -log p(z1), this at least the entropy of z1, and this at least the mean entropy of q(z1|x), which
+# is frozen.) For labelled x, log p(x,y) has the same bound with -L(z1,y) <= log p(z1,y) in place of
+# -U(z1).
 # What q is given. The bound holds whatever q(z1|.) and q(y|.) look at. Let g be the grey image of
 # which the binary x is a draw (Gaussian data: g = x).
 #                         q(z1|.) sees    q(y|.) sees
 #     training            g               the mean of q(z1|g) (recipe paper: the draw z1)
-#     classification                      the mean of q(z1|g)
+#     classification      g               the mean of q(z1|g)
 #     the bound           x               the mean of q(z1|x)
 #   Training draws z1 from q(z1|g), as the authors' code does: mean and variance are computed once
 #     for each g, not for each draw x of it. For the bound, q(z1|x) is what M1 was trained for and
@@ -660,8 +666,7 @@ class M1M2(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mu and logvar of the active dimensions of q(z1|x), both [B, active]."""
-        mu, logvar = self.m1.encode(x)
-        return mu[:, self.active], logvar[:, self.active]
+        return tuple(part[:, self.active] for part in self.m1.encode(x))
 
     def objective(self, x_l, y_l, x_u, N: int, M: int, fade: float, s) -> Tensor:
         """M2.objective on a draw z1 ~ q(z1|g); the classifier sees the mean of q(z1|g) or the draw.
@@ -685,8 +690,12 @@ class M1M2(nn.Module):
 
     def log_weight(self, x: Tensor, log_p_active=None) -> Tensor:
         """log p(x|z1) + log p(z1) - log q(z1|x) for one draw z1 ~ q(z1|x), [B], nats per image:
-        M1's log_weight with another p(z1). log_p_active bounds or estimates the active dimensions'
-        share of it (None: M2's log_weight; then the mean of this one's exp is p(x))."""
+        M1's log_weight with another p(z1).
+
+        log_p_active: z1's active dimensions [B, active] -> [B], their log density under M2, of
+        which it may be a bound or an estimate (None: M2's log_weight; with it E[exp of the result]
+        = p(x)).
+        """
         log_p_active = log_p_active or self.m2.log_weight
 
         def log_p_z1(z1: Tensor) -> Tensor:
@@ -757,7 +766,7 @@ def svm_step(m: Tensor, t: Tensor, C: float) -> Tensor:
     return m + C / (1 + C) * t * F.relu(1 - t * m)
 
 
-def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=7, C=0.3, steps=100, spread=0.3) -> Tensor:
+def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=10, C=0.3, steps=200, spread=0.3) -> Tensor:
     """Transductive support vector machine on the graph of neighbours. z: [n, Z], the first N of
     them labelled y_l [N]. Returns the scores f [n, K], all -1 where no label has reached a point.
 
@@ -877,8 +886,9 @@ def kernel_machine(z: Tensor, f: Tensor, R=6000) -> KernelMachine:
 # validation images. (That uses their labels: N labels alone would be a poor guide.) "paper" is what
 # the paper and its authors' code publish for MNIST with N = 100; for more labels they take twice as
 # many minibatches: --batch-size 250. Where they differ, "paper" follows the paper. (The code's
-# M1 has layers of 500, minibatches of 1000 and a prior of the weights; its stack for N = 100 has
-# one layer of 300.) Ours in every recipe are, above all:
+# M1 has layers of 500, minibatches of 1000 and a prior of the weights, and trains until its bound
+# has not risen for 10,000 epochs; its stack for N = 100 has one layer of 300; there is none of M2
+# on the pixels of a partly labelled set.) Ours in every recipe are, above all:
 #   M1's classifier "tsvm" (5 CLASSIFIERS);
 #   M1's initial weights, which are PyTorch's (the code's have a standard deviation 3^(1/2) times as
 #     large, and are 0 for log sigma^2);
@@ -908,7 +918,7 @@ SETTINGS = {
     "alpha": ((None, 10.0, 1.0), (None, 0.1, 0.1), (0.0,), "weight of the classification loss"),
     "balance": ((None, 5.0, 5.0), (None, 0.0, 0.0), (0.0,), "weight of M2.imbalance"),
     "smooth": ((None, 2.0, 1.0), (None, 0.0, 0.0), (0.0,), "distance in M2.roughness; 0: none"),
-    "trust": ((None, 0.0, 300.0), (None, 0.0, 0.0), (0.0,), "if > 0: U counts less for N above"),
+    "trust": ((None, 0.0, 300.0), (None, 0.0, 0.0), (0.0,), "if N > it > 0, L and U weigh it / N"),
     "beta": ((1.0, None, None), (1.0, None, None), (0.0,), "weight of the KL in eq. 5"),
     "ramp": ((0.15, 0.5, 0.5), (0.0, 0.0, 0.0), (0.0, 1.0), "part in which M1's KL or U fades in"),
     "threshold": ((None, 0.01, 0.01), (None, 0.0, 0.0), (0.0, 1.0),
@@ -943,10 +953,10 @@ DATASETS = {
     "glyphs": {"m1": {"epochs": 15, "hidden": (600, 600)}},
 }
 
-# Recipe "small": what it changes in "fast", for a result after two minutes on two CPU cores. In
-# little time narrow networks get further than wide ones: in 68 s of one core the stack's M2 came to
-# a validation error of 2.7 % with 200 units and 20 epochs (two more than here), of 3.1 % with 300
-# and 13 (seed 0).
+# Recipe "small": what it changes in "fast", for a result after at most two minutes on two CPU
+# cores. In little time narrow networks get further than wide ones: in 68 s of one core the stack's
+# M2 came to a validation error of 2.7 % with 200 units and 20 epochs (two more than here), of 3.1 %
+# with 300 and 13 (seed 0).
 SMALL = {
     "m1": {"epochs": 8, "hidden": (500, 500)},
     "m2": {"epochs": 25, "hidden": (200, 200), "lr": 3e-3, "threshold": 0.05},
@@ -1310,7 +1320,8 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run") -> None:
     stage = "m1" if isinstance(model, M1) else run.settings["model"]
     first = run.resume(stage, model, optimizer)
     few = " (few: a smaller --batch-size makes more)" if steps * s["epochs"] < 500 else ""
-    size = f"{N:,} labelled, {M:,} unlabelled images, {s['epochs']} epochs of {steps} steps{few}"
+    count = f"{N:,} labelled, {M:,} unlabelled images" if N else f"{M:,} images, no labels"
+    size = f"{count}, {s['epochs']} epochs of {steps} steps{few}"
     print(f"{stage}: {size}, {device.type}, {run.settings['precision']}", flush=True)
     if isinstance(model, M1M2):  # its M1 is frozen, so it encodes every image once
         model.eval()
