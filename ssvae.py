@@ -506,9 +506,8 @@ class M2(nn.Module):
         with the largest eigenvalue. A step of the power method turns a random delta roughly there,
         multiplying it by A; for small delta, A delta is the gradient of the KL at delta. (Only an
         estimate: our delta is not small, as a tiny one would drown in bfloat16's rounding, and with
-        batch normalisation each q also depends on the other images' delta.) Delta and q(y|x)
-        are constants in the gradient: q(y|x+delta) is to move towards q(y|x), not the other way
-        round.
+        batch normalisation each q also depends on the other images' delta.) Delta and q(y|x) are
+        constants in the gradient: q(y|x+delta) is to move towards q(y|x), not the other way round.
         """
         log_q = log_q.detach()
         # Batch normalisation would put x + delta into the running statistics, by which images are
@@ -815,8 +814,8 @@ def kernel_machine(z: Tensor, f: Tensor, R=6000) -> KernelMachine:
     Gaussian kernel, fitted to what the TSVM found: for each of the points z [n, Z] that a label
     reached, the class of its largest score f [n, K]. It answers for any new z and, being smooth
     (|W|^2 below keeps it so), does not copy the neighbours' single mistakes. (Validation error at
-    N = 3000, seeds 0, 1, 2: 2.42, 2.55, 2.60 % by the mean score of 7 neighbours, 1.81, 2.05, 1.96
-    % by this machine.)
+    N = 3000, seeds 0, 1, 2: 2.42, 2.55, 2.60 % by the mean score of 7 neighbours, by this machine
+    1.81, 2.05, 1.96 %.)
 
     Distances are measured between points u: z with every dimension times its standard deviation (a
     dimension that M1 hardly uses says little about the class). The kernel of two points is
@@ -886,9 +885,9 @@ def kernel_machine(z: Tensor, f: Tensor, R=6000) -> KernelMachine:
 # validation images. (That uses their labels: N labels alone would be a poor guide.) "paper" is what
 # the paper and its authors' code publish for MNIST with N = 100; for more labels they take twice as
 # many minibatches: --batch-size 250. Where they differ, "paper" follows the paper. (The code's
-# M1 has layers of 500, minibatches of 1000 and a prior of the weights, and trains until its bound
-# has not risen for 10,000 epochs; its stack for N = 100 has one layer of 300; there is none of M2
-# on the pixels of a partly labelled set.) Ours in every recipe are, above all:
+# M1 has layers of 500, minibatches of 1000 and a prior of the weights, and trains until its
+# validation bound has not risen for 10,000 epochs; its stack for N = 100 has one layer of 300;
+# there is none of M2 on the pixels of a partly labelled set.) Ours in every recipe are, above all:
 #   M1's classifier "tsvm" (5 CLASSIFIERS);
 #   M1's initial weights, which are PyTorch's (the code's have a standard deviation 3^(1/2) times as
 #     large, and are 0 for log sigma^2);
@@ -991,10 +990,10 @@ def one_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def or_bad_input(message: str):
-    """Any exception in the block (libraries raise many kinds) becomes BadInput."""
+    """Any exception in the block (libraries raise many kinds) becomes BadInput, but for memory."""
     try:
         yield
-    except BadInput:
+    except (BadInput, MemoryError):
         raise
     except Exception as error:
         raise BadInput(f"{message} ({one_line(error)})") from error
@@ -1609,7 +1608,13 @@ class Run:
         self.folder, self.settings, self.saved = folder, settings, saved
         self.pca, self.images = pca, images
         self.rows = saved["rows"] if saved else []
+        self.written = self.when_written()
         self.start = time.perf_counter() - (saved["seconds"] if saved else 0)
+
+    def when_written(self) -> int | None:
+        """When model.pt was, in ns."""
+        path = self.folder / "model.pt"
+        return path.stat().st_mtime_ns if path.exists() else None
 
     def resume(self, stage: str, model: nn.Module, optimizer) -> int:
         """Go on from what was saved in this stage, if anything. Returns the epochs done."""
@@ -1633,7 +1638,10 @@ class Run:
         print(f"{row['stage']} epoch {row['epoch']}/{epochs}  {figures}  {pace}", flush=True)
 
     def save(self, model: nn.Module, optimizer=None, classifier=None) -> None:
-        """Write model.pt and, if anything was trained, log.csv."""
+        """Write model.pt and, if anything was trained, log.csv. Raises BadInput if another process
+        has written there: one of the two runs would be lost."""
+        if self.when_written() != self.written:
+            raise BadInput(f"another process writes to {self.folder}; give another --out-dir")
         content, text = io.BytesIO(), io.StringIO()
         saved = {"settings": self.settings, "pca": self.pca, "rows": self.rows}
         saved |= {"model": model.state_dict(), "optimizer": optimizer and optimizer.state_dict()}
@@ -1641,6 +1649,7 @@ class Run:
         saved["seconds"] = time.perf_counter() - self.start
         torch.save(saved, content)
         write_file(self.folder / "model.pt", content.getvalue())
+        self.written = self.when_written()
         if self.rows:  # --m1 FILE --model m1 trains nothing
             writer = csv.DictWriter(text, self.rows[0].keys(), lineterminator="\n")
             writer.writeheader()
@@ -1800,13 +1809,19 @@ def main(argv: list[str] | None = None) -> int:
         what(args)
         return 0
     except (BadInput, FloatingPointError) as error:  # of train
-        print(f"ssvae: {error}", file=sys.stderr)
+        print("ssvae:", " ".join(str(error).split()), file=sys.stderr)  # names may hold a newline
         return 2 if isinstance(error, BadInput) else 1
     except (RuntimeError, MemoryError) as error:  # on CPUs PyTorch has no out-of-memory class
-        if "allocate" not in str(error) and not isinstance(error, MemoryError):
+        words = ("allocate", "could not create a primitive")  # the latter is oneDNN's
+        if not isinstance(error, MemoryError) and not any(w in str(error) for w in words):
             raise
         print(f"ssvae: {one_line(error)}; try a smaller --batch-size", file=sys.stderr)
         return 1
+    except OSError as error:  # files raise BadInput; this is standard output, closed or full
+        sys.stdout = io.StringIO()  # else Python tries again at exit
+        hint = "repeat the command with --resume and its output to a file or terminal"
+        print(f"ssvae: cannot print ({one_line(error)}); {hint}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         again = "with --resume (--reproduce and --load: as it is), without --overwrite"
         print(f"\nssvae: interrupted; to go on, repeat the command {again}", file=sys.stderr)
@@ -1856,21 +1871,26 @@ def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, d
     results, saved, begun = None, None, settings
     with or_bad_input(f"cannot use {folder}; give another --out-dir"):
         folder.mkdir(parents=True, exist_ok=True)
+        names = ["results.json", "model.pt", "log.csv", *(name + ".png" for name in PICTURES)]
+        ours = [folder / name for name in names]
         if args.overwrite:
-            for name in ["results.json", "model.pt", "log.csv", *(p + ".png" for p in PICTURES)]:
-                (folder / name).unlink(missing_ok=True)
+            for path in ours:
+                path.unlink(missing_ok=True)
         if (folder / "results.json").exists():
             results = begun = json.loads((folder / "results.json").read_text())
         elif (folder / "model.pt").exists():
             saved = load_saved(folder / "model.pt", device, finished=False)
             begun = saved["settings"]
+        elif found := [path for path in ours if path.exists()]:
+            raise BadInput(f"{found[0]} is of no run; give another --out-dir, or --overwrite it")
         for key, value in settings.items():
             # The file of the data may have moved: the checksum tells.
             if key != "dataset" and begun.get(key) != value:
                 what = "other data" if key == "checksum" else f"{key} {begun.get(key)}, not {value}"
                 raise BadInput(f"{folder} holds a run with {what}; give another --out-dir")
-        if results:
-            print(summary(results))  # raises if a key is missing
+        line = results and summary(results)  # raises if a key is missing
+    if line:
+        print(line)
     if saved and not args.resume:
         raise BadInput(f"{folder} holds an unfinished run; --resume it, or --overwrite it")
     return results, saved
@@ -1917,7 +1937,8 @@ def train_and_evaluate(args: argparse.Namespace) -> dict:
 
     name = f"{args.model}-{Path(data.name).name}-{len(data.x_l)}-{args.seed}"
     folder = args.out_dir or Path("runs") / (name + f"-{args.recipe}" * (args.recipe != "fast"))
-    if args.overwrite and args.m1 and folder.exists() and folder.samefile(args.m1.resolve().parent):
+    own = args.m1 and args.m1.resolve().parent
+    if args.overwrite and own and os.path.exists(folder) and folder.samefile(own):
         raise BadInput("--overwrite would remove the --m1 file; give another --out-dir")
     results, saved = find_run(folder, s, args, device)
     if results:
@@ -1949,16 +1970,17 @@ def train_and_evaluate(args: argparse.Namespace) -> dict:
         model = assemble(s, data, m1, active)
         train(model, data, s, run)
 
-    # Evaluate, and write what came of it; pictures last, since they can be drawn again.
+    # Evaluate, and write what came of it; last results.json, which says that the run is finished.
     results = s | {"torch": torch.__version__, "active": None if active is None else len(active)}
     results["parameters"] = sum(p.numel() for p in model.parameters())
     results["images_per_second"] = run.rows[-1]["images_per_second"] if run.rows else None
     results |= evaluate(model, data) | {"seconds": time.perf_counter() - run.start}
     run.save(model, classifier=getattr(model, "classifier", None))
+    if not args.no_images:
+        found = {"curves.png": curves(run.rows)} if run.rows else {}
+        write_pictures(folder, found | pictures(model, data))
     write_file(folder / "results.json", json.dumps(results, indent=2).encode())
     print(summary(results))
-    if not args.no_images:
-        write_pictures(folder, pictures(model, data))
     print(f"Written to {folder}/")
     return results
 
@@ -1969,8 +1991,11 @@ def reproduce(args: argparse.Namespace) -> None:
     All stacks of a seed share an M1, which sees no labels, and so do all runs of m1; settings on
     the command line do not apply to it, except with --model m1. A finished run is not run again.
     """
+    args.dataset, arrays = read(args.dataset, args.data_dir)
+    check(args.dataset, arrays)
     for N in args.labels:  # is it possible? Better to know now than in hours
-        args.dataset = load_data(args.dataset, args.data_dir, N, 0, "cpu").name
+        for seed in range(args.seeds):
+            split(torch.from_numpy(arrays[1].astype(np.int64)), N, seed)
     name = f"reproduce-{Path(args.dataset).name}" + f"-{args.recipe}" * (args.recipe != "fast")
     folder = args.out_dir or Path("runs") / name
     models = [args.model] if args.model else list(MODELS)
@@ -2016,11 +2041,14 @@ def write_table(folder: Path, models: list[str], results: list[dict]) -> str:
             spread = f" +- {np.std(errors, ddof=1):.2f}" if len(errors) > 1 else ""
             text += f" {np.mean(errors):.2f}{spread}{paper_has(runs[0])} |"
         text += "\n"
-    write_file(folder / "table.md", text.encode())
+    write_file(folder / "table.md", text.encode(errors="replace"))
     write_file(folder / "table.json", json.dumps(results, indent=1).encode())
     return text
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # for file names a console cannot show
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # for file names a console cannot show
+    else:  # it was closed before the start
+        sys.stdout = io.StringIO()
     sys.exit(main())

@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -1613,6 +1614,76 @@ def command(*args, **how):
     """ssvae.py as a user calls it."""
     line = [sys.executable, str(HERE / "ssvae.py"), *map(str, args)]
     return subprocess.run(line, capture_output=True, text=True, check=False, **how)
+
+
+def test_standard_output_closed_or_full_is_one_line_and_code_2(small, tmp_path):
+    """A closed one is no error; into a full device nothing can be printed."""
+    args = (*quick("m2"), "--dataset", small, "--no-images", "--out-dir", tmp_path / "run")
+    line = shlex.join([sys.executable, str(HERE / "ssvae.py"), *map(str, args)])
+    shell = {"shell": True, "capture_output": True, "text": True}
+    full = subprocess.run(f"{line} >/dev/full", check=False, **shell)
+    assert full.returncode == 2 and full.stderr.startswith("ssvae: cannot print (")
+    assert full.stderr.count("\n") == 1
+    closed = subprocess.run(f"{line} --resume >&-", check=False, **shell)
+    assert (closed.returncode, closed.stderr) == (0, "")
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_second_process_in_the_folder_ends_a_run_before_anything_is_lost(
+    small, tmp_path, monkeypatch, capsys
+):
+    """model.pt written by somebody else after the first epoch stays as it is."""
+    end_epoch = ssvae.Run.end_epoch
+
+    def and_another(self, *args):
+        end_epoch(self, *args)
+        (tmp_path / "model.pt").write_bytes(b"another's")
+
+    monkeypatch.setattr(ssvae.Run, "end_epoch", and_another)
+    run(*quick("m2"), "--dataset", small, "--no-images", "--out-dir", tmp_path, code=2)
+    assert "another process" in capsys.readouterr().err
+    assert (tmp_path / "model.pt").read_bytes() == b"another's"
+
+
+def test_files_that_no_run_wrote_are_not_replaced(small, tmp_path, capsys):
+    (tmp_path / "log.csv").write_text("my notes")
+    run(*quick("m2"), "--dataset", small, "--out-dir", tmp_path, code=2)
+    assert "log.csv is of no run" in capsys.readouterr().err
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["my notes"]
+
+
+@pytest.mark.parametrize("model", ["m1", "m1+m2"])
+def test_pictures_missed_by_an_interruption_are_drawn_when_resumed(
+    small, tmp_path, monkeypatch, model
+):
+    """Interrupted at the last epoch's curves.png, then at the pictures of the end."""
+    args = (*quick(model), "--dataset", small, "--out-dir", tmp_path)
+    write = ssvae.write_pictures
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ssvae, "write_pictures", interrupted)
+    for resume in range(8):
+        run(*args, *["--resume"] * (resume > 0), code=130)
+    assert not (tmp_path / "results.json").exists()
+    monkeypatch.setattr(ssvae, "write_pictures", write)
+    run(*args, "--resume")
+    assert {"curves.png", "samples.png", "reconstructions.png"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
+
+
+def test_reproduce_asks_every_seed_whether_its_labels_suffice(tmp_path, capsys):
+    """Of 60 images of 3 classes the validation images leave 45 to be labelled with seeds 0 and 1,
+    with seed 2 42."""
+    x, y = (np.arange(60 * 4).reshape(60, 2, 2) % 256).astype(np.uint8), np.arange(60) % 3
+    np.savez(tmp_path / "x.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    args = ("--reproduce", "--dataset", tmp_path / "x.npz", "--labels", 45)
+    for seed in (0, 1):
+        ssvae.split(torch.from_numpy(y), 45, seed)  # raises nothing
+    run(*args, "--out-dir", tmp_path / "q", code=2)
+    assert "up to 42" in capsys.readouterr().err and not (tmp_path / "q").exists()
 
 
 def test_command_good_and_bad(small, tmp_path):
