@@ -1063,7 +1063,10 @@ def load_norb(folder: Path) -> list[np.ndarray]:
     for plain in [folder / name for name in NORB_FILES]:
         path, opened = (plain, open) if plain.exists() else (Path(f"{plain}.gz"), gzip.open)
         if not path.exists():
-            download_url(NORB_URL + path.name, str(folder))
+            part = Path(f"{path}.part")  # an interrupted download's is started anew
+            part.unlink(missing_ok=True)
+            download_url(NORB_URL + path.name, str(folder), part.name)
+            part.rename(path)
         hint = f"{path} is damaged or no NORB file; remove it to have it downloaded"
         with or_bad_input(hint), opened(path, "rb") as file:
             magic, ndim = np.frombuffer(file.read(8), "<i4")

@@ -924,6 +924,31 @@ def test_norb_is_read_as_written(tmp_path, zipped):
             assert np.isclose(array[n, 0, i, j], square.mean() / 255)
 
 
+def test_interrupted_norb_download_is_started_anew(tmp_path, monkeypatch):
+    """What it has written is under no name that is read, and is not taken for whole afterwards."""
+    from torchvision.datasets import utils
+
+    written = write_norb(tmp_path / "server")
+
+    def download(url, folder, name):  # as torchvision's: what is there is not fetched again
+        file = Path(folder, name)
+        if not file.exists():
+            content = (tmp_path / "server" / url.rsplit("/", 1)[1]).read_bytes()
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(content[:1000] if interrupted else content)
+            if interrupted:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(utils, "download_url", download)
+    interrupted = True
+    with pytest.raises(KeyboardInterrupt):
+        ssvae.load_known("norb", tmp_path)
+    assert not [*(tmp_path / "norb").glob("*.gz"), *(tmp_path / "norb").glob("*.mat")]
+    interrupted = False
+    assert np.array_equal(ssvae.load_known("norb", tmp_path)[3], written[3])
+    assert len(list((tmp_path / "norb").iterdir())) == 4
+
+
 @pytest.mark.parametrize("dataset", ["svhn", "norb"])
 @pytest.mark.parametrize("model", ["m1", "m2", "m1+m2"])
 def test_continuous_images_train(tmp_path, monkeypatch, dataset, model):
