@@ -34,8 +34,8 @@ integral over the latent variables. So we raise a lower bound that we can comput
 NOTATION (the paper's, whose N sometimes means our N + M)
     x           an image as a vector, [B, D] in a minibatch of B. MNIST: D = 784 pixels, each 0 or
                 1, drawn afresh at every visit from the grey image, whose greys are read as
-                probabilities of 1 (observe). Colour images and NORB's: D real coordinates, with a
-                Gaussian p(x|.) (7 DATA)
+                probabilities of 1 (observe); to be classified, the grey image itself (error_rate).
+                Colour images and NORB's: D real coordinates, with a Gaussian p(x|.) (7 DATA)
     y           its class, an integer in 0..K-1, [B]
     z, z1, z2   continuous latent variables, [B, Z]
     p_theta     the generative model, theta its networks' weights: in M2 p(y) p(z) p(x|y,z), of
@@ -106,7 +106,7 @@ def observe(images: Tensor, likelihood: str) -> Tensor:
 
 @torch.no_grad()
 def in_chunks(f, images: Tensor, size=200) -> Tensor:
-    """f(x) for all images [n, D], size at a time, x being what pixels makes of them."""
+    """f(pixels(images)) for images [n, D], computed size of them at a time."""
     return torch.cat([f(pixels(chunk)) for chunk in images.split(size)])
 
 
@@ -153,8 +153,8 @@ def kl_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
            = -1/2 E_q[ log 2 pi sigma^2 + (z - mu)^2/sigma^2 ] + 1/2 E_q[ log 2 pi + z^2 ]
            = -1/2 [ log 2 pi + log sigma^2 + 1 ]               + 1/2 [ log 2 pi + mu^2 + sigma^2 ]
            =  1/2 [ mu^2 + sigma^2 - 1 - log sigma^2 ],
-    and dimensions are independent, so they add up. It is exact: of eq. 5 only log p(x|z) is left to
-    be estimated by a draw of z.
+    and dimensions are independent, so they add up. It is exact: of the bound (eq. 5, section 2)
+    only log p(x|z) is left to be estimated by a draw of z.
     """
     return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(-1)
 
@@ -163,8 +163,8 @@ def sample_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
     """Draw z ~ N(mu, diag(exp(logvar))), reparameterised: all [B, Z] (section 3.2).
 
     z = mu + sigma * eps with eps ~ N(0, I). The randomness no longer depends on mu and sigma, so
-    for a continuous, piecewise smooth f (a network), and grad with respect to mu and sigma,
-        grad E_q[f(z)] = E_eps[ grad f(mu + sigma * eps) ]:
+    for a continuous, piecewise smooth f (a network)
+        grad E_q[f(z)] = E_eps[ grad f(mu + sigma * eps) ],  grad with respect to mu and sigma:
     the gradient of an average is an average of gradients, and one draw estimates it without bias.
     (The alternative, the score-function estimator f(z) grad log q(z), uses only the value of f, not
     its slope, and is usually far noisier.)
@@ -200,7 +200,7 @@ def mlp(inputs, *sizes, batch_norm="all", activation="relu", init_std=0.0):
     init_std > 0: weights are drawn from N(0, init_std^2) and biases are 0.
     batch_norm "all": in training, p(x|z) then depends on the other images of the minibatch, so
     minus the loss is not exactly a bound on each image's log p(x). (That q depends on them is no
-    problem: any q gives a bound.) In evaluation only running statistics are used, and it is one.
+    problem: any q gives a bound.) In evaluation running statistics are used, and it is a bound.
     """
     layers = [nn.Linear(inputs, sizes[0])]
     for i in range(1, len(sizes)):
@@ -291,7 +291,8 @@ class M1(nn.Module):
         """log w = log p(x|z) + log p(z) - log q(z|x) for one draw z ~ q(z|x), [B], nats per image.
 
         w is what eq. 5 averages before Jensen's inequality: E_q[w] = p(x). So the mean of w over
-        many draws estimates p(x) (log_likelihood, in 9). log_p_z: z [B, Z] -> [B].
+        many draws estimates p(x) (log_likelihood, in 9). log_p_z: z [B, Z] -> [B] (the stack's is
+        another).
         """
         mu, logvar = self.encode(x)
         z = sample_gaussian(mu, logvar)
@@ -299,8 +300,8 @@ class M1(nn.Module):
         return log_p_x + log_p_z(z) - log_gaussian(z, mu, logvar)
 
     def classify(self, x: Tensor) -> Tensor:
-        """Scores of the K classes, [B, K], by self.classifier, which is set from outside (5
-        CLASSIFIERS)."""
+        """Scores of the K classes, [B, K], by self.classifier, one of 5 CLASSIFIERS, which train
+        and train_and_evaluate set. x may be grey."""
         return self.classifier(self.encode(x)[0])
 
     def generate(self, z: Tensor) -> Tensor:
@@ -374,8 +375,7 @@ class M1(nn.Module):
 
 class M2(nn.Module):
     """Generative semi-supervised model. x: [B, x_dim], y: [B] in 0..y_dim-1, z: [B, z_dim];
-    likelihood: a key of LIKELIHOODS; kw: options of mlp. (The defaults here are no recipe's:
-    build, in 11, takes those from SETTINGS.)"""
+    likelihood: a key of LIKELIHOODS; kw: options of mlp."""
 
     def __init__(
         self, x_dim, y_dim, z_dim=50, hidden=(500, 500), likelihood="bernoulli", threshold=0.0, **kw
@@ -434,10 +434,13 @@ class M2(nn.Module):
         in U, though batch normalisation sees them.
         """
         B, K = len(x), self.y_dim
-        n, unit = (B * K, 1) if keep is None else (int(keep.sum()), math.ceil(B / 10))
+        if keep is None:
+            p = torch.arange(B * K, device=x.device)
+            return p // K, p % K, p >= 0  # all are real
+        i, y = keep.nonzero().unbind(1)
+        n, unit = len(i), math.ceil(B / 10)
         p = torch.arange(math.ceil(n / unit) * unit, device=x.device)
-        i, y = (p // K, p % K) if keep is None else keep.nonzero()[p % n].unbind(1)
-        return i, y, p < n
+        return i[p % n], y[p % n], p < n
 
     def U(self, x: Tensor, log_q: Tensor | None = None, threshold: float = 0.0) -> Tensor:
         """Eq. 7, with q~ for q where there is a threshold (< 1/K), [B], nats per image.
@@ -477,11 +480,12 @@ class M2(nn.Module):
         """KL( p(y) || mean of q(y|x) over the B images ) times min(1, B / (50 K)), a scalar, nats;
         log_q = log q(y|x), [B, K]. (The factor is 1 for B = 500, K = 10; its reason: below.)
 
-        Averaged over x from the model, p(y|x) is p(y). U does not ask this of q: where q(y|x) is
-        sure of a class it pays -log p(y) = log K, whichever class that is, even if it is the same
-        one for all images. The imbalance does ask: as a class empties, it grows without limit. With
-        many images it is near 0 for a correct q(y|x), if classes are as frequent as p(y) says. (It
-        is also 0 where every q(y|x) is 1/K, but there the labels pull the other way.)
+        Averaged over x from the model, p(y|x) is p(y). U does not ask this of q: its terms
+        -log p(y) - H(q(y|x)) are log K wherever q(y|x) is sure of a class, whichever class that is,
+        even if it is the same one for all images. The imbalance does ask: as a class empties, it
+        grows without limit. With many images it is near 0 for a correct q(y|x), if classes are as
+        frequent as p(y) says. (It is also 0 where every q(y|x) is 1/K, but there the labels pull
+        the other way.)
         """
         # With p(y) = 1/K, KL = sum_y 1/K [ log 1/K - log m_y ], where m_y is the mean of q(y|x).
         # Why the factor: even a q(y|x) that is right and sure has an imbalance, because B images
@@ -531,25 +535,24 @@ class M2(nn.Module):
             weight              mean of          over    teaches
             N / (N + M)         L                x_l     q(z|x,y) and p(x|y,z)
             fade M / (N + M)    U                x_u     all three networks
-            c alpha             -log q(y|x)      x_l     q(y|x)     (c: see (5), else 1)
+            c alpha             -log q(y|x)      x_l     q(y|x)     (c is 1, but see (5))
             c balance           (imbalance)      x_u     q(y|x)     (no mean: one KL of all x_u)
             c                   roughness        both    q(y|x)
-        (Recipe fast: alpha 10, balance 5 in M2; 1 and 5 in the stack.) After M2's training (MNIST,
-        N = 100, seed 0) U is 96.5 nats (5000 test images): 78.8 for -log p(x|y,z), 15.5 for the KL,
-        2.3 for -log p(y), less H, 0.06; -log q(y|x) of the labelled images is 4e-6, the imbalance
-        0.01, the roughness 0.3.
+        After M2's training (MNIST, N = 100, seed 0) U is 96.5 nats (5000 test images): 78.8 for
+        -log p(x|y,z), 15.5 for the KL, 2.3 for -log p(y), -0.06 for -H; -log q(y|x) of the labelled
+        images is 4e-6, the imbalance 0.01, the roughness 0.3.
 
         The failure to avoid: q(y|x) soon fits the few labels and is certain everywhere, right or
         wrong. Eq. 7 weights L(x,y) by q(y|x), so the generative model then learns the wrong class,
         and teaches it back. The fast recipe has remedies that the paper lacks: (1) to (4), in the
-        stack (5) as well. What they are worth: README, and for (1) and alpha COMMON MISTAKES.
+        stack (5) as well. What they are worth: after 15 epochs of M2 the test error is 3.4 %,
+        without (3) 4.3, without (4) 6.9 (README, "What differs from the paper").
         (1) U fades in: over the first s["ramp"] of training fade goes from 0 to 1, so q(y|x) learns
         from the labels before it learns from a generative model that knows nothing yet. (The
         generative model itself learns from U almost at once: in its gradient even a small weight of
         U soon outweighs L's, N / (N + M), 0.002 for 100 of 50,000, and Adam's steps hardly depend
         on the gradient's scale.) Once fade is 1, minus (N + M) times the loss is, on average, a
-        lower bound like -J^alpha (but see mlp): all that stands beside L and U is >= 0. self.bound
-        is eq. 7's.
+        lower bound like -J^alpha (but see mlp): all that stands beside L and U is >= 0.
         (2) An alpha above the paper's keeps the labels from being outvoted by the many guesses. And
         a minibatch has 100 labelled images, where in proportion it would have one: the same means,
         with less noise.
@@ -558,8 +561,8 @@ class M2(nn.Module):
         (4) A boundary near an image costs: the mean of roughness over the minibatch is added, with
         weight c; how much it asks is set by its distance, s["smooth"], which is Euclidean, in x or
         in M1's features: 2 is as far as four flipped pixels. To save time, it is computed in a
-        random half of the steps, times 2. (On device cuda in all: where steps are recorded and
-        repeated, a coin would always fall the same way.)
+        random half of the steps, times 2. (On device cuda in every step: there a step is recorded
+        once and then repeated, so a coin would always fall the same way.)
         (5) In the stack, many labels overrule U. U teaches q(y|x) the generative model's answer
         r(y). With 100 labels r is a better teacher than they are, with 3000 a worse one: r then
         errs on 2.4 % of the validation images, a q(y|.) trained without U on 1.6 %. So
@@ -616,7 +619,8 @@ class M2(nn.Module):
 # pixels a flexible decoder can explain an image well under the wrong class: the class is at most
 # log 10 = 2.3 of the 100 or so nats that an image costs; strokes' thickness, slant and place cost
 # far more. z1 leaves less to explain: some 36 numbers, blurred by q(z1|x)'s noise, that say on
-# average at most 33 nats about an image of MNIST (M1's mean KL).
+# average at most 33 nats about an image of MNIST (M1's mean KL). (With the fast recipe's remedies
+# M2 alone comes close: README.)
 #
 # The bound. With z1 and M1's q(z1|x), the derivation of eq. 5 reads
 #     log p(x) >= E_q(z1|x)[ log p(x|z1) + log p(z1) - log q(z1|x) ],
@@ -643,8 +647,8 @@ class M2(nn.Module):
 #     for each g, not for each draw x of it. For the bound, q(z1|x) is what M1 was trained for and
 #     should be tighter.
 #   Images are classified by the mean; a classifier that sees it in training, too, errs less than
-#     one that sees draws (README: 2.0, not 2.5 %). But r(y) depends on the draw z1, and such a
-#     q(y|.) cannot: the bound is lower than with q = r, by the mean of KL(q || r).
+#     one that sees draws (README: 2.0, not 2.5 %, N = 100). But r(y) depends on the draw z1, and
+#     such a q(y|.) cannot: the bound is lower than with q = r, by the mean of KL(q || r).
 # What two stages give up: the bound is not maximised over all parameters together; q(z1|x) was
 # fitted to another prior and does not learn of the classes.
 
@@ -654,7 +658,7 @@ class M1M2(nn.Module):
 
     def __init__(self, m1: M1, m2: M2, active: Tensor):
         super().__init__()
-        self.m1, self.m2 = m1.requires_grad_(False), m2
+        self.m1, self.m2, self.z_dim = m1.requires_grad_(False), m2, m2.z_dim
         self.register_buffer("active", active)
 
     def train(self, mode: bool = True):
@@ -684,7 +688,8 @@ class M1M2(nn.Module):
         return self.m2.log_q_y(self.encode(x)[0])
 
     def bound(self, x: Tensor) -> Tensor:
-        """The bound on log p(x) derived above, [B], nats per image: one z1, and a z2 for each y."""
+        """The bound on log p(x) derived above, [B], nats per image: one z1, and a z2 for each y
+        (an average over draws, as in M1.bound)."""
         return self.log_weight(x, lambda z1: -self.m2.U(z1, self.classify(x)))
 
     def log_weight(self, x: Tensor, log_p_active=None) -> Tensor:
@@ -722,13 +727,14 @@ class M1M2(nn.Module):
 # =================================================================================================
 # 5. CLASSIFIERS ON M1's FEATURES: the mean of q(z|x) stands for x
 # =================================================================================================
-# They give scores of the classes, [B, K], to z [B, Z]; the largest is the answer.
+# tsvm scores only the points that it is given; kernel_machine turns that into a classifier of any
+# other z, which is M1's. NearestPoint is the simple one: --classifier knn, and the validation error
+# while M1 is being trained. Scores are [B, K], for z [B, Z]; the largest is the answer.
 
 
 def nearest(z: Tensor, points: Tensor, k: int) -> Tensor:
     """Indices of the k points [n, Z] nearest to each z [B, Z], nearest first: [B, k]."""
-    # |z - p|^2 = |p|^2 - 2 z.p + |z|^2, and all points p share the last. (torch.cdist would copy
-    # all points for each 200 of z.)
+    # |z - p|^2 = |p|^2 - 2 z.p + |z|^2, and all points p share the last.
     squares = (points**2).sum(1)
     distances = (torch.addmm(squares, some, points.T, alpha=-2) for some in z.split(200))
     return torch.cat([d.topk(min(k, len(points)), largest=False).indices for d in distances])
@@ -757,6 +763,7 @@ class KernelMachine(NamedTuple):
 
 def svm_step(m: Tensor, t: Tensor, C: float) -> Tensor:
     """The f that minimises (f - m)^2 + C max(0, 1 - t f)^2, for t = +1 or -1, element by element.
+    In tsvm, below, it is the new score of a point on side t whose neighbours' mean score is m.
 
     Where t m >= 1, f = m makes both terms 0. Elsewhere the derivative is 0 at
     (f - m) = C t (1 - t f). With t^2 = 1: f (1 + C) = m + C t = m (1 + C) + C t (1 - t m), so
@@ -780,24 +787,25 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=10, C=0.3, steps=100, spread=0.3)
         with f_ic = t_c(y_i) at the labelled points.
     The last term makes it a transductive SVM: it pushes unlabelled points to a side, and so the
     boundary of each class against the others, f_c = 0, to where there are few points. (Without it,
-    C = 0, labels would only spread among neighbours.) The best y is argmax_c f_c: changing y from c
-    to d adds g(f_d) - g(f_c), where g(f) = max(0, 1 - f)^2 - max(0, 1 + f)^2 decreases in f, so it
-    lowers the hinge if f_d > f_c.
+    C = 0, labels would only spread among neighbours; without the first any y_i would do.) The best
+    y is argmax_c f_c: changing y from c to d adds g(f_d) - g(f_c), where g(f) = max(0, 1 - f)^2
+    - max(0, 1 + f)^2 decreases in f, so it lowers the hinge if f_d > f_c.
 
-    No step is guaranteed to lower this aim (the scaling below is not in it). Unlabelled points
-    start at f = -1, no class. In the first `spread` (a fraction) of the steps labels spread without
-    the last term, f = m: an early wrong guess would spread too. After that, m + 1 is scaled, class
-    by class, so that (m_c + 1)/2, about 1 within class c and 0 elsewhere, has the mean 1/K over the
-    points, as p(y) has it (wrong for SVHN, used all the same). Every unlabelled point that a label
-    has reached takes the f that minimises its own two terms, given this m (svm_step). For a given y
-    that minimum is C / (1 + C) hinge(m, y), so the best y is the argmax of m.
+    No step is guaranteed to lower this aim: all points change at once, each given the others' old
+    scores, and the scaling below is not in it. Unlabelled points start at f = -1, no class. In the
+    first `spread` (a fraction) of the steps labels spread without the last term, f = m: an early
+    wrong guess would spread too. After that, m + 1 is scaled, class by class, so that (m_c + 1)/2,
+    about 1 within class c and 0 elsewhere, has the mean 1/K over the points, as p(y) has it (wrong
+    for SVHN, used all the same). Every unlabelled point that a label has reached takes the f that
+    minimises its own two terms, given this m (svm_step). For a given y that minimum is
+    C / (1 + C) hinge(m, y), so the best y is the argmax of m.
 
     (Transductive SVMs: Joachims 1999; labels spreading on a graph: Zhu and Ghahramani 2002;
     scaling to the classes' shares: Zhu et al. 2003.)
     """
     N, t_l = len(y_l), 2.0 * F.one_hot(y_l, y_dim) - 1
     neighbours = nearest(z, z, k + 1)[:, 1:]  # the nearest is the point itself, or a duplicate
-    f = F.pad(t_l, (0, 0, 0, len(z) - N), value=-1.0)
+    f = torch.cat([t_l, t_l.new_full((len(z) - N, y_dim), -1.0)])
     for step in range(steps):
         m = f[neighbours].mean(1)
         if step >= spread * steps:
@@ -966,7 +974,8 @@ SMALL = {
 def settings_of(model: str, recipe="fast", dataset="mnist", stacked=False) -> dict:
     """The settings of a model (stacked: of M1 in a stack): a column of the table and, if the recipe
     is not the paper's, what STACKED_M1, DATASETS and then SMALL override."""
-    column = {name: row[recipe == "paper"][MODELS.index(model)] for name, row in SETTINGS.items()}
+    which = 1 if recipe == "paper" else 0  # of a row's tuples
+    column = {name: row[which][MODELS.index(model)] for name, row in SETTINGS.items()}
     column = {name: value for name, value in column.items() if value is not None}
     if recipe != "paper":
         column |= (STACKED_M1 if stacked else {}) | DATASETS.get(dataset, {}).get(model, {})
@@ -1026,8 +1035,8 @@ def glyphs(n: int = 70_000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     font = ImageFont.load_default(46)
     ink = torch.empty(3, 10, 1, 56, 56)  # [stroke, digit, 1, height, width]
     for stroke, digit in np.ndindex(3, 10):
-        image, how = Image.new("L", (56, 56)), {"anchor": "mm", "stroke_width": stroke}
-        ImageDraw.Draw(image).text((28, 28), str(digit), fill=255, font=font, **how)
+        image = Image.new("L", (56, 56))
+        ImageDraw.Draw(image).text((28, 28), str(digit), 255, font, "mm", stroke_width=stroke)
         ink[stroke, digit, 0] = torch.from_numpy(np.array(image)) / 255
     g = torch.Generator().manual_seed(seed)
     x, y = [], torch.randint(10, (n,), generator=g)
@@ -1429,10 +1438,10 @@ def nearest_labelled(z: Tensor, data: Data) -> NearestPoint:
     return NearestPoint(z[: len(data.y_l)], F.one_hot(data.y_l, data.y_dim).float())
 
 
-def active_dimensions(features: Tensor) -> Tensor:
+def active_dimensions(z: Tensor) -> Tensor:
     """Indices of the z_d whose mean varies over the images: its standard deviation is 0.1 or more,
     as the authors have it, or half the largest one, if that is less."""
-    std = features.std(0)
+    std = z.std(0)
     return (std >= min(0.1, std.max() / 2)).nonzero().squeeze(1)
 
 
@@ -1466,10 +1475,10 @@ def curves(rows: list[dict]):
     """The bound and the validation error against epochs, from the rows of log.csv."""
     page = Image.new("RGB", (960, 360), "white")
     draw = ImageDraw.Draw(page)
-    titles = {"bound": "bound on log p(x), nats", "valid_error": "validation error, %"}
+    panels = (80, "bound", "bound on log p(x), nats"), (570, "valid_error", "validation error, %")
     done = {row["stage"]: row["epoch"] for row in rows}  # how many epochs a stage has
     rows = [row for row in rows if row["epoch"] > done[row["stage"]] // 10]  # not its first tenth
-    for left, (key, title) in zip((80, 570), titles.items()):
+    for left, key, title in panels:
         values = [row[key] for row in rows]
         low, span = min(values), (max(values) - min(values)) or 1.0
         x = [left + 360 * (i + 0.5) / len(values) for i in range(len(values))]
@@ -1511,14 +1520,13 @@ def pictures(model: nn.Module, data: Data) -> dict:
         z = torch.randn(100, model.z_dim, device=device)
         add("samples.png", model.generate(z).view(10, 10, -1))
     else:
-        z_dim = getattr(model, "m2", model).z_dim
 
         def generate(z):  # z [rows, Z] -> means of p(x|y,z), [rows, K, d], a column for each y
             y = torch.arange(K, device=device).repeat(len(z))
             return model.generate(y, z.repeat_interleave(K, 0)).unflatten(0, (len(z), K))
 
         # samples.png: each row has its own z ~ p(z)
-        add("samples.png", generate(torch.randn(10, z_dim, device=device)))
+        add("samples.png", generate(torch.randn(10, model.z_dim, device=device)))
 
         # analogies.png (the paper's figure 1 b, c): a row has the z of the test image on its left
         first = torch.cat([(data.y_test == k).nonzero()[:1, 0] for k in range(K)])
@@ -1526,7 +1534,7 @@ def pictures(model: nn.Module, data: Data) -> dict:
         add("analogies.png", torch.cat([x[:, None], generate(model.infer(x, y))], 1), breaks=[1])
 
         # styles.png (figure 1 a): classes 0, 1, 2 over a grid of z, equally spaced in probability
-        if z_dim == 2:
+        if model.z_dim == 2:
             p = torch.special.ndtri(torch.linspace(0.05, 0.95, 10, device=device))
             grid = generate(torch.cartesian_prod(p, p)).view(10, 10, K, -1)[:, :, :3]
             styles = grid.transpose(1, 2).flatten(1, 2)
@@ -1594,10 +1602,11 @@ def load_saved(path: Path, device, finished=True) -> dict:
         if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
             raise ValueError(f"{damaged} in it is damaged")
         saved = torch.load(path, map_location=device, weights_only=True)
-        s, kinds = saved["settings"], {"dataset": str, "checksum": int, "labels": int, "seed": int}
-        kinds |= {"model": dict, "rows": list, "seconds": float}
-        fits = [isinstance((s | saved)[name], kind) for name, kind in kinds.items()]
-        if not all(fits) or not 0 <= s["seed"] < 2**63 or saved.keys() != set(SAVED):
+        s = saved["settings"]
+        kinds = [(s["dataset"], str), (s["checksum"], int), (s["labels"], int), (s["seed"], int)]
+        kinds += [(saved["model"], dict), (saved["rows"], list), (saved["seconds"], float)]
+        fits = all(isinstance(value, kind) for value, kind in kinds)
+        if not fits or not 0 <= s["seed"] < 2**63 or saved.keys() != set(SAVED):
             raise ValueError("something in it is of another kind")
     if finished and saved["optimizer"] is not None:
         raise BadInput(f"{path} is of an unfinished run; go on with it by --resume first")
@@ -1865,8 +1874,7 @@ def evaluate_saved(args: argparse.Namespace) -> None:
 
 
 def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, dict | None]:
-    """(results of a finished run, printed too; model.pt of an unfinished one) in the folder, None
-    where none.
+    """(results of a finished run, model.pt of an unfinished one) in the folder, None where none.
 
     With --overwrite, removes what a run has written there. Raises BadInput rather than let a run
     be lost: if its settings differ, or it is unfinished and --resume is not given.
@@ -1891,9 +1899,8 @@ def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, d
             if key != "dataset" and begun.get(key) != value:
                 what = "other data" if key == "checksum" else f"{key} {begun.get(key)}, not {value}"
                 raise BadInput(f"{folder} holds a run with {what}; give another --out-dir")
-        line = results and summary(results)  # raises if a key is missing
-    if line:
-        print(line)
+        if results:
+            summary(results)  # raises if a key is missing
     if saved and not args.resume:
         raise BadInput(f"{folder} holds an unfinished run; --resume it, or --overwrite it")
     return results, saved
@@ -1945,6 +1952,7 @@ def train_and_evaluate(args: argparse.Namespace) -> dict:
         raise BadInput("--overwrite would remove the --m1 file; give another --out-dir")
     results, saved = find_run(folder, s, args, device)
     if results:
+        print(summary(results))
         if not args.reproduce:
             print(f"This run is finished, in {folder}; --overwrite trains it afresh.")
         return results
@@ -1983,8 +1991,7 @@ def train_and_evaluate(args: argparse.Namespace) -> dict:
         found = {"curves.png": curves(run.rows)} if run.rows else {}
         write_pictures(folder, found | pictures(model, data))
     write_file(folder / "results.json", json.dumps(results, indent=2).encode())
-    print(summary(results))
-    print(f"Written to {folder}/")
+    print(f"{summary(results)}\nWritten to {folder}/")
     return results
 
 
