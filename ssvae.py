@@ -390,7 +390,7 @@ class M2(nn.Module):
         # table of K vectors, and W_x x is computed once for all classes. (In p(x|y,z) z takes the
         # place of x; every pair of x and y has its own z, so nothing is shared there.) Unless
         # init_std says otherwise, the tables start with larger entries than W_x, so that y matters
-        # from the start. (By recipe paper, 0.001, M2 on pixels left y unused for 300 epochs: README.)
+        # from the start. (By recipe paper, 0.001, M2 on pixels left y unused in 300 epochs: README)
         self.q_z = mlp(x_dim, *hidden, 2 * z_dim, **kw)
         self.q_z_y = nn.Embedding(y_dim, hidden[0])
         self.p_x = mlp(z_dim, *reversed(hidden), x_dim * self.outputs, **kw)
