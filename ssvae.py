@@ -546,7 +546,7 @@ class M2(nn.Module):
         wrong. Eq. 7 weights L(x,y) by q(y|x), so the generative model then learns the wrong class,
         and teaches it back. The fast recipe has remedies that the paper lacks: (1) to (4), in the
         stack (5) as well. What they are worth: after 15 epochs of M2 the test error is 3.4 %,
-        without (3) 4.3, without (4) 6.9 (README, "What differs from the paper").
+        without (3) 4.3, without (4) 6.9 (README, "What differs from the paper"; COMMON MISTAKES).
         (1) U fades in: over the first s["ramp"] of training fade goes from 0 to 1, so q(y|x) learns
         from the labels before it learns from a generative model that knows nothing yet. (The
         generative model itself learns from U almost at once: in its gradient even a small weight of
