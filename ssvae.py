@@ -1669,17 +1669,17 @@ class Run:
             write_file(self.folder / "log.csv", text.getvalue().encode())
 
 
-def number(low, high=math.inf):
-    """An argparse type: a finite number of low's type, from low up to high."""
+def number(low, high=1e16):
+    """An argparse type: a number of low's type, from low up to high."""
     kind = type(low)
 
     def parse(text: str):
         value = kind(text)
-        if not low <= value <= high or value == math.inf:
+        if not low <= value <= high:
             raise ValueError
         return value
 
-    parse.__name__ = f"{kind.__name__} from {low}" + (f" to {high}" if high < math.inf else "")
+    parse.__name__ = f"{kind.__name__} from {low} to {high}"
     return parse
 
 
@@ -1863,6 +1863,9 @@ def evaluate_saved(args: argparse.Namespace) -> None:
     """What main() does with --load: as at the end of the run, from its model.pt."""
     start, device = time.perf_counter(), pick_device(args.device)
     model, data, s = load_model(args.load, args.data_dir, device, args.dataset)
+    folder = args.out_dir or args.load.parent
+    if os.path.exists(folder / "model.pt") and not folder.samefile(args.load.parent):
+        raise BadInput(f"{folder} holds another run's pictures; give another --out-dir")
     results = s | evaluate(model, data)
     print(summary(results | {"seconds": time.perf_counter() - start}), flush=True)
     if args.nll:
@@ -1870,7 +1873,7 @@ def evaluate_saved(args: argparse.Namespace) -> None:
         log_p = f"{log_likelihood(*some, args.nll):.2f} nats, importance-sampled, {args.nll} draws"
         print(f"{len(some[1])} test images: bound {mean_bound(*some):.2f} nats, log p(x) {log_p}")
     if not args.no_images:
-        write_pictures(args.out_dir or args.load.parent, pictures(model, data))
+        write_pictures(folder, pictures(model, data))
 
 
 def find_run(folder: Path, settings: dict, args, device) -> tuple[dict | None, dict | None]:

@@ -1089,6 +1089,9 @@ def test_load_evaluates_and_redraws(small, narrow, tmp_path, capsys, monkeypatch
         assert f"test error {results['test_error']:.2f} %" in line
         assert f"bound {results['bound']:.2f} nats" in line
     run("--load", out / "model.pt", "--no-images", "--dataset", small)
+    run("--load", out / "model.pt", "--out-dir", tmp_path / "m2", code=2)  # m2's pictures are there
+    run("--load", out / "model.pt", "--out-dir", tmp_path / "new")
+    assert (tmp_path / "new" / "samples.png").exists()
     capsys.readouterr()
     run("--load", out / "model.pt", "--no-images", "--nll", 3)
     assert "log p(x)" in capsys.readouterr().out
@@ -1583,7 +1586,7 @@ BAD = """
     --model m3 | --model | --nonsense | surplus | --dataset cifar | --dataset= | --dataset no.npz
     --labels 0 | --labels -10 | --labels ten | --labels 1.5 | --labels nan | --labels 1e3
     --labels 9 | --labels 101 | --labels 5000 | --labels 99999999999999999999 | --labels=
-    --epochs 0 | --epochs -1 | --epochs x | --epochs 1.5 | --epochs inf | --epochs=
+    --epochs 0 | --epochs -1 | --epochs x | --epochs 1.5 | --epochs inf | --epochs= | --epochs HUGE
     --batch-size 0 | --batch-size 1 | --batch-size -5 | --batch-size a | --batch-size=
     --lr 0 | --lr -1 | --lr nan | --lr inf | --lr x | --lr=
     --alpha -1 | --alpha nan | --alpha inf | --alpha x | --model m1 --alpha 1
@@ -1623,6 +1626,7 @@ def test_bad_input_ends_with_one_line_and_code_2(small, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
     bad = BAD.replace("LONG", 256 * "x").strip()  # longer than the name of a file may be
+    bad = bad.replace("HUGE", 350 * "9")  # more than a float holds
     cases = [case.split() for line in bad.splitlines() for case in line.split("|")]
     assert len(cases) >= 60
     for case in cases:
