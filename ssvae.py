@@ -71,7 +71,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-# To be set before PyTorch is imported. oneDNN, which computes its bfloat16 products on CPUs,
+# PyTorch reads these when it starts. oneDNN, which computes its bfloat16 products on CPUs,
 # prepares a program for each shape and keeps 1024 of them, in 0.3 GB; 128 are hardly slower. What
 # PyTorch cannot do on Apple's GPUs (mps) is left to the CPU.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
@@ -254,7 +254,7 @@ class M1(nn.Module):
         """Parameters of p(x|z), each [B, D]: the logits, or the mean and the log-variance."""
         return self.p_x(z).chunk(self.outputs, -1)
 
-    def J(self, x: Tensor, beta: float = 1.0) -> Tensor:
+    def J(self, x: Tensor, beta: float | Tensor = 1.0) -> Tensor:
         """Eq. 5 with one draw of z, its KL times beta, [B], nats per image. With beta = 1, -J <=
         log p(x) on average (in training not exactly: see mlp)."""
         mu, logvar = self.encode(x)
@@ -262,7 +262,7 @@ class M1(nn.Module):
         log_p_x = self.log_density(x, *self.decode(z))  # log p(x|z)
         return -log_p_x + beta * kl_gaussian(mu, logvar)
 
-    def objective(self, x_l, y_l, x_u, N: int, M: int, fade: float, s) -> Tensor:
+    def objective(self, x_l, y_l, x_u, N: int, M: int, fade: float | Tensor, s) -> Tensor:
         """Training loss, a scalar in nats per image: the mean of J with its KL times beta * fade.
 
         x_u [B, D] are images, labelled or not; s are the settings (it needs beta); fade is
@@ -429,7 +429,7 @@ class M2(nn.Module):
         """i, y and real, [P]: all B * K pairs of an image x [B, D] and a class, or those where
         keep, [B, K], is True.
 
-        CPU libraries prepare anew for every shape they meet, so the kept pairs are filled up to a
+        In bfloat16 CPUs prepare anew for every shape they meet, so the kept pairs are filled up to a
         multiple of ceil(B/10) with repetitions. real, [P], is False for these: they have weight 0
         in U, though batch normalisation sees them.
         """
@@ -446,7 +446,7 @@ class M2(nn.Module):
         """Eq. 7, with q~ for q where there is a threshold (< 1/K), [B], nats per image.
         log_q = log q(y|x), [B, K]."""
         # With threshold 0 and no batch normalisation (it takes its statistics over all pairs that L
-        # is given at once), what follows does in one go what these two lines do:
+        # is given at once), what follows does in one go what these two lines (for a CPU) do:
         #     L = torch.stack([self.L(x, torch.full((B,), y)) for y in range(K)], 1)     # [B, K]
         #     return (log_q.exp() * (L + log_q)).sum(1)
         B, K = len(x), self.y_dim
@@ -510,7 +510,8 @@ class M2(nn.Module):
         with the largest eigenvalue. A step of the power method turns a random delta roughly there,
         multiplying it by A; for small delta, A delta is the gradient of the KL at delta. (Only an
         estimate: our delta is not small, as a tiny one would drown in bfloat16's rounding, and with
-        batch normalisation each q also depends on the other images' delta.) Delta and q(y|x) are
+        batch normalisation each q also depends on the other images' delta. Where q(y|x) is certain
+        to float32's precision, the gradient is 0, and so is the result.) Delta and q(y|x) are
         constants in the gradient: q(y|x+delta) is to move towards q(y|x), not the other way round.
         """
         log_q = log_q.detach()
@@ -526,7 +527,9 @@ class M2(nn.Module):
         (gradient,) = torch.autograd.grad(kl(delta).sum(), delta)
         return kl(distance * F.normalize(gradient))
 
-    def objective(self, x_l, y_l, x_u, N: int, M: int, fade: float, s, seen=None) -> Tensor:
+    def objective(
+        self, x_l, y_l, x_u, N: int, M: int, fade: float | Tensor, s, seen=None
+    ) -> Tensor:
         """Training loss, a scalar in nats per image. x_l, y_l, x_u: a minibatch of a set of N
         labelled and M unlabelled images. fade is fade_in(the fraction of training done, s["ramp"]);
         s are the settings (of which it needs alpha, balance, smooth and trust). seen: what q(y|.)
@@ -561,8 +564,8 @@ class M2(nn.Module):
         (4) A boundary near an image costs: the mean of roughness over the minibatch is added, with
         weight c; how much it asks is set by its distance, s["smooth"], which is Euclidean, in x or
         in M1's features: 2 is as far as four flipped pixels. To save time, it is computed in a
-        random half of the steps, times 2. (On device cuda in every step: there a step is recorded
-        once and then repeated, so a coin would always fall the same way.)
+        random half of the steps, times 2. (On device cuda in every step: a step that is recorded
+        once and then repeated, as is usual there, would repeat how the coin fell, too.)
         (5) In the stack, many labels overrule U. U teaches q(y|x) the generative model's answer
         r(y). With 100 labels r is a better teacher than they are, with 3000 a worse one: r then
         errs on 2.4 % of the validation images, a q(y|.) trained without U on 1.6 %. So
@@ -671,7 +674,7 @@ class M1M2(nn.Module):
         """mu and logvar of the active dimensions of q(z1|x), both [B, active]."""
         return tuple(part[:, self.active] for part in self.m1.encode(x))
 
-    def objective(self, x_l, y_l, x_u, N: int, M: int, fade: float, s) -> Tensor:
+    def objective(self, x_l, y_l, x_u, N: int, M: int, fade: float | Tensor, s) -> Tensor:
         """M2.objective on a draw z1 ~ q(z1|g); the classifier sees the mean of q(z1|g) or the draw.
         Of the bound only U and L can change, since the rest is frozen. They are minus bounds on log
         densities of z1, so they may be negative.
@@ -1031,6 +1034,7 @@ def glyphs(n: int = 70_000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
     Each has its own stroke width, affine map (scale, shear, shift), smooth elastic warp and pixel
     noise. The error of 1-nearest-neighbour is 44 % with 100 labelled images, 9 % with 60,000.
+    (CPUs of another kind may round a pixel in 100,000 differently: to them it is other data.)
     """
     font = ImageFont.load_default(46)
     ink = torch.empty(3, 10, 1, 56, 56)  # [stroke, digit, 1, height, width]
@@ -1261,13 +1265,14 @@ def bfloat16_is_faster(device: torch.device) -> bool:
     with AMX and on AMD's with AVX512-BF16 (2.3 times as fast as float32; on Intel's without AMX 0.5
     times).
 
-    It has float32's range with 8 bits of precision: enough for activations, their gradients and the
-    copies of the weights that are multiplied. The weights themselves, Adam's moments, log-densities
-    and losses stay float32. Decided by features, not by a timing, so that the same machine always
-    chooses the same.
+    It has float32's range with 8 bits of precision: enough for activations, the copies of the
+    weights that are multiplied, and the gradients of both. The weights themselves, Adam's moments,
+    log-densities and losses stay float32. Decided by features (AMD's GPUs: always yes), not by a
+    timing, so that the same machine always chooses the same.
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):  # if there are several
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     can = torch.cpu.get_capabilities()
     fast_avx = can.get("avx512_bf16") and "Intel" not in can.get("cpu_name", "Intel")
     return device.type == "cpu" and bool(can.get("amx_bf16") or fast_avx)
@@ -1358,8 +1363,8 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run") -> None:
             gradients = record(gradients, l, u, torch.ones((), device=device))
         model.load_state_dict(before)  # undoes the rehearsal's update of batch statistics
     for epoch in range(first, s["epochs"]):
-        # Every epoch has its own random numbers, so a resumed run need not know their state.
-        torch.manual_seed((run.settings["seed"] * 1_000_003 + epoch) % 2**63)
+        # Every epoch starts from a seed of its own, so a resumed run need not know the state.
+        torch.manual_seed(run.settings["seed"] * 1_000_003 + epoch)
         model.train()
         order = torch.cat([torch.randperm(M, device=device) for _ in range(rounds)])
         losses = torch.zeros(steps, device=device)
@@ -1435,7 +1440,8 @@ def features(m1: M1, images: Tensor) -> Tensor:
 
 def nearest_labelled(z: Tensor, data: Data) -> NearestPoint:
     """A classifier: the class of the nearest labelled image. Their features are the first in z."""
-    return NearestPoint(z[: len(data.y_l)], F.one_hot(data.y_l, data.y_dim).float())
+    points = z[: len(data.y_l)].clone()  # saved; of a view, torch.save would write all of z
+    return NearestPoint(points, F.one_hot(data.y_l, data.y_dim).float())
 
 
 def active_dimensions(z: Tensor) -> Tensor:
@@ -1606,7 +1612,7 @@ def load_saved(path: Path, device, finished=True) -> dict:
         kinds = [(s["dataset"], str), (s["checksum"], int), (s["labels"], int), (s["seed"], int)]
         kinds += [(saved["model"], dict), (saved["rows"], list), (saved["seconds"], float)]
         fits = all(isinstance(value, kind) for value, kind in kinds)
-        if not fits or not 0 <= s["seed"] < 2**63 or saved.keys() != set(SAVED):
+        if not fits or not 0 <= s["seed"] < 2**32 or saved.keys() != set(SAVED):
             raise ValueError("something in it is of another kind")
     if finished and saved["optimizer"] is not None:
         raise BadInput(f"{path} is of an unfinished run; go on with it by --resume first")
@@ -1699,7 +1705,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "(x_train, y_train, x_test, y_test) or auto (default): mnist, else glyphs")
     add("--labels", type=count, nargs="+", metavar="N",
         help="number of labelled images (100; svhn, norb 1000); several with --reproduce")
-    add("--seed", type=number(0, 2**63 - 1), default=0, help="draws splits, weights, noise (0)")
+    add("--seed", type=number(0, 2**32 - 1), default=0, help="draws splits, weights, noise (0)")
     add("--recipe", choices=["fast", "small", "paper"], default="fast",
         help="of the settings; small: narrower networks, fewer epochs (fast)")
     add("--m1-epochs", type=count, help="for m1+m2: epochs of its M1 stage")

@@ -1482,9 +1482,12 @@ def test_stack_on_a_trained_m1_and_knn(small, tmp_path):
     run("--model", "m1+m2", *QUICK, *args, "--out-dir", tmp_path / "stack")
     run("--model", "m1", "--classifier", "knn", *args, "--out-dir", tmp_path / "knn")
     paths = [tmp_path / name / "model.pt" for name in ("m1", "stack", "knn")]
-    m1, stack, knn = (torch.load(path, weights_only=True)["model"] for path in paths)
+    saved = [torch.load(path, weights_only=True) for path in paths]
+    m1, stack, knn = (s["model"] for s in saved)
     for key in m1:
         assert torch.equal(m1[key], stack["m1." + key]) and torch.equal(m1[key], knn[key])
+    points = saved[2]["classifier"]["points"]  # the file holds them alone, not all features
+    assert points.untyped_storage().nbytes() == 4 * points.numel()
     _, results, log = outcome(tmp_path / "m1")  # from the features of all images; of the labelled
     assert results["valid_error"] == float(log[-1]["valid_error"])
 
@@ -1590,7 +1593,7 @@ BAD = """
     --batch-size 0 | --batch-size 1 | --batch-size -5 | --batch-size a | --batch-size=
     --lr 0 | --lr -1 | --lr nan | --lr inf | --lr x | --lr=
     --alpha -1 | --alpha nan | --alpha inf | --alpha x | --model m1 --alpha 1
-    --seed -1 | --seed x | --seed 0.5 | --seed 99999999999999999999 | --seed=
+    --seed -1 | --seed x | --seed 0.5 | --seed 4294967296 | --seed=
     --device nonsense | --device cuda:99 | --device meta | --device=
     --m1-epochs 5 | --model m1+m2 --m1-epochs 0 | --model m1 --m1-epochs 3
     --m1 no.pt | --model m1+m2 --m1 no.pt | --model m1+m2 --m1 text.pt | --model m1 --m1 foreign.pt
@@ -1748,7 +1751,7 @@ def test_extreme_but_valid_values_run(small, tmp_path):
         (small, "--lr", 1e-30),
         (small, "--alpha", 0),
         (small, "--alpha", 1e6),
-        (small, "--seed", 2**63 - 1),
+        (small, "--seed", 2**32 - 1),
         (small, "--labels", 10),
         (tiny, "--labels", 20, "--batch-size", 2),
     ]
