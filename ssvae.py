@@ -503,16 +503,17 @@ class M2(nn.Module):
         Miyato et al. 2015, arXiv 1507.00677). Here x is what the classifier sees (in the stack,
         M1's features).
 
-        If it is small at an x where q(y|x) is sure, then probably no boundary between classes is
+        If its mean over draws is small at an x where q(y|x) is sure, then probably no boundary is
         that near x; if that holds at all images, the boundaries are where images are few. Which
         delta is the worst? The KL is smallest, 0, at delta = 0. So for small delta it is about
         1/2 delta^T A delta (A: its second derivatives at 0), largest along the eigenvector of A
         with the largest eigenvalue. A step of the power method turns a random delta roughly there,
         multiplying it by A; for small delta, A delta is the gradient of the KL at delta. (Only an
-        estimate: our delta is not small, as a tiny one would drown in bfloat16's rounding, and with
-        batch normalisation each q also depends on the other images' delta. Where q(y|x) is certain
-        to float32's precision, the gradient is 0, and so is the result.) Delta and q(y|x) are
-        constants in the gradient: q(y|x+delta) is to move towards q(y|x), not the other way round.
+        estimate: an eigenvector has no sign, so about every other delta points away from the
+        nearest boundary; our delta is not small, as a tiny one would drown in bfloat16's rounding;
+        and with batch normalisation each q also depends on the other images' delta.) Delta and
+        q(y|x) are constants in the gradient: q(y|x+delta) is to move towards q(y|x), not the other
+        way round.
         """
         log_q = log_q.detach()
         # Batch normalisation would put x + delta into the running statistics, by which images are
@@ -549,7 +550,8 @@ class M2(nn.Module):
         wrong. Eq. 7 weights L(x,y) by q(y|x), so the generative model then learns the wrong class,
         and teaches it back. The fast recipe has remedies that the paper lacks: (1) to (4), in the
         stack (5) as well. What they are worth: after 15 epochs of M2 the test error is 3.4 %,
-        without (3) 4.3, without (4) 6.9 (README, "What differs from the paper"; COMMON MISTAKES).
+        without (4) 6.9, without (3) 4.3, which may be chance, without (1) 16.9 (README, "What
+        differs from the paper"; COMMON MISTAKES).
         (1) U fades in: over the first s["ramp"] of training fade goes from 0 to 1, so q(y|x) learns
         from the labels before it learns from a generative model that knows nothing yet. (The
         generative model itself learns from U almost at once: in its gradient even a small weight of
@@ -566,12 +568,12 @@ class M2(nn.Module):
         in M1's features: 2 is as far as four flipped pixels. To save time, it is computed in a
         random half of the steps, times 2. (On device cuda in every step: a step that is recorded
         once and then repeated, as is usual there, would repeat how the coin fell, too.)
-        (5) In the stack, many labels overrule U. U teaches q(y|x) the generative model's answer
-        r(y). With 100 labels r is a better teacher than they are, with 3000 a worse one: r then
-        errs on 2.4 % of the validation images, a q(y|.) trained without U on 1.6 %. So
-        c = N / s["trust"] if N > s["trust"] > 0, else 1. (What c multiplies contains no network but
-        q(y|x), and Adam's steps hardly depend on the loss's scale: q(y|x) sees U with 1/c of its
-        weight, the other networks see no difference.)
+        (5) In the stack, many labels count more than U: c = N / s["trust"] if N > s["trust"] > 0,
+        else 1. (What c multiplies contains no network but q(y|x), and Adam's steps hardly depend on
+        the loss's scale: q(y|x) sees U with 1/c of its weight, the other networks see no
+        difference.) With N = 3000 this lowers the validation error a little (README). A possible
+        reason: U teaches q(y|x) the generative model's answer r(y), which then errs on 2.4 % of the
+        validation images, a q(y|.) trained without U on 1.6 %.
         """
         seen = torch.cat([x_l, x_u]) if seen is None else seen
         log_q = self.log_q_y(seen)
@@ -964,9 +966,9 @@ DATASETS = {
 }
 
 # Recipe "small": what it changes in "fast", meant for a result within two minutes on two CPU
-# cores. In little time narrow networks get further than wide ones: in 68 s of one core the stack's
-# M2 came to a validation error of 2.7 % with 200 units and 20 epochs (two more than here), of 3.1 %
-# with 300 and 13 (seed 0).
+# cores. In little time narrow networks seem to get further than wide ones: in 68 s of one core the
+# stack's M2 came to a validation error of 2.7 % with 200 units and 20 epochs (two more than here),
+# of 3.1 % with 300 and 13 (seed 0 alone).
 SMALL = {
     "m1": {"epochs": 8, "hidden": (500, 500)},
     "m2": {"epochs": 25, "hidden": (200, 200), "lr": 3e-3, "threshold": 0.05},
