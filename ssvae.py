@@ -71,7 +71,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-# PyTorch reads these when it starts. oneDNN, which computes its bfloat16 products on CPUs,
+# Set before PyTorch, which may read them then, is imported. oneDNN, which computes its bfloat16 products on CPUs,
 # prepares a program for each shape and keeps 1024 of them, in 0.3 GB; 128 are hardly slower. What
 # PyTorch cannot do on Apple's GPUs (mps) is left to the CPU.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
@@ -429,8 +429,8 @@ class M2(nn.Module):
         """i, y and real, [P]: all B * K pairs of an image x [B, D] and a class, or those where
         keep, [B, K], is True.
 
-        In bfloat16 CPUs prepare anew for every shape they meet, so the kept pairs are filled up to a
-        multiple of ceil(B/10) with repetitions. real, [P], is False for these: they have weight 0
+        In bfloat16 CPUs prepare anew for every shape they meet, so the kept pairs are filled up to
+        a multiple of ceil(B/10) with repetitions. real, [P], is False for these: they have weight 0
         in U, though batch normalisation sees them.
         """
         B, K = len(x), self.y_dim
