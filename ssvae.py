@@ -71,9 +71,9 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-# Set before PyTorch, which may read them then, is imported. oneDNN, which computes its bfloat16 products on CPUs,
-# prepares a program for each shape and keeps 1024 of them, in 0.3 GB; 128 are hardly slower. What
-# PyTorch cannot do on Apple's GPUs (mps) is left to the CPU.
+# Set before PyTorch is imported, as it may read them then. oneDNN, which computes its bfloat16
+# products on CPUs, prepares a program for each shape and keeps 1024 of them, in 0.3 GB; 128 are
+# hardly slower. What PyTorch cannot do on Apple's GPUs (mps) is left to the CPU.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
