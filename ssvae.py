@@ -919,7 +919,7 @@ SETTINGS = {
     "lr": ((3e-3, 2e-3, 3e-3), (3e-4, 3e-4, 3e-4), (1e-99,), "Adam's initial step size"),
     "lr_decay": ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (0.0, 1.0), "part of lr lost by the end"),
     "z_dim": ((50, 50, 50), (50, 50, 50), (1, 9999), "of z or z2; 2: draws styles.png (not m1)"),
-    "hidden": (((1000, 1000), (500, 500), (500, 500)), ((600, 600), (500, 500), (500,)), (1, 9999),
+    "hidden": (((1000, 1000), (500, 500), (500, 500)), ((600, 600), (500,), (500,)), (1, 9999),
                "units in the hidden layers of every network"),
     "activation": (("relu",) * 3, ("softplus",) * 3, ("relu", "softplus"), "of hidden layers"),
     # Without it M1 uses fewer dimensions of z and the stack hardly any of z2 (see M1.objective).
