@@ -9,13 +9,13 @@ THE COMMAND LINE. Run it:
 
     python ssvae.py --model m2 --dataset mnist
 
-THE PROBLEM.  50,000 images of digits are cheap; the labels are not. Say N = 100 images have one.
+THE PROBLEM.  50,000 images of digits are cheap; their labels are not. Say N = 100 are labelled.
 A neural network trained on those 100 alone errs on 26 % of new digits (Table 1). Can the other
 images, unlabelled, teach it the rest? If we model how a digit class and a style produce an image,
 then explaining the unlabelled images well may reveal which class each belongs to.
 
-THE MODELS.  (Parentheses): latent variables; [brackets]: observed ones; arrows: causes to effects.
-In M2, z is meant to be the style; before x is seen, it is independent of y.
+THE MODELS.  (Parentheses) mark latent variables, [brackets] observed ones; arrows point from causes
+to effects. In M2, z is meant to be the style; before x is seen, it is independent of y.
 
     M1 (section 3.1.1)        M2 (section 3.1.2)            M1+M2 (section 2)
 
@@ -31,29 +31,30 @@ In M2, z is meant to be the style; before x is seen, it is independent of y.
 All three meet one difficulty: log p(x), which training should raise, is the log of an intractable
 integral over the latent variables. So we raise a lower bound that we can compute (derived at M1).
 
-NOTATION (the paper's, whose N sometimes means our N + M)
-    x           an image as a vector, [B, D] in a minibatch of B. MNIST: D = 784 pixels, each 0 or
-                1, drawn afresh at every visit from the grey image, whose greys are read as
-                probabilities of 1 (observe); to be classified, the grey image itself (error_rate).
+NOTATION (mostly the paper's; its N sometimes means our N + M)
+    x           an image as a vector, [B, D] in a minibatch of B. MNIST: D = 784 pixels, each drawn
+                as 0 or 1 afresh at every visit, 1 with a probability equal to its grey (observe);
+                for the error, the grey image itself is classified (error_rate).
                 Colour images and NORB's: D real coordinates, with a Gaussian p(x|.) (7 DATA)
     y           its class, an integer in 0..K-1, [B]
     z, z1, z2   continuous latent variables, [B, Z]
-    p_theta     the generative model, theta its networks' weights: in M2 p(y) p(z) p(x|y,z), of
-                which p(x|y,z) is the "decoder"
-    q_phi       the recognition model or "encoder": q(z|x), q(z|x,y) and the classifier q(y|x)
-    L, U, J     losses, each minus a lower bound on a log probability: L(x,y) of a labelled image
-                (eq. 6), U(x) of an unlabelled one (eq. 7), J of the whole set (eq. 8). M1 has J(x),
-                of one image (eq. 5)
+    p_theta     the generative model, theta being its weights; in M2 it is p(y) p(z) p(x|y,z), the
+                last of which is the "decoder"
+    q_phi       the recognition model or "encoder", phi being its weights: q(z|x), or q(z|x,y) and
+                the classifier q(y|x)
+    L, U, J     losses, each the negative of a lower bound on a log probability: L(x,y) of a
+                labelled image (eq. 6), U(x) of an unlabelled one (eq. 7), J of the whole set
+                (eq. 8). M1 has J(x), of one image (eq. 5)
     J^alpha     J + alpha times the classification loss (eq. 9; in the code per image, see M2)
     N, M        the number of labelled and of unlabelled training images
 The three models' losses are in nats (natural logarithm). E_q[.] is an expectation over q,
 KL(q || p) = E_q[log q - log p] >= 0 the divergence, H(q) = -E_q[log q] the entropy, Cat(pi) the
 distribution over classes that gives class y probability pi_y.
 
-Sections 1 to 5 hold the theory, with COMMON MISTAKES at the end, 6 to 11 the machinery. The
-settings of models and training are in one table (6 SETTINGS), as two recipes: "paper", published
-for N = 100, and "fast", the default, ours ("small" is "fast" with narrower networks, fewer
-epochs and other small changes).
+Sections 1 to 5 hold the theory and end with COMMON MISTAKES; 6 to 11 are the machinery. One table
+(6 SETTINGS) has the settings of models and training by two recipes: "paper", published for N = 100,
+and "fast", the default, which is ours. ("small" is "fast" with narrower networks, fewer epochs and
+other small changes.)
 """
 
 import argparse
@@ -72,8 +73,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Set before PyTorch is imported, as it may read them then. oneDNN, which computes its bfloat16
-# products on CPUs, prepares a program for each shape and keeps 1024 of them, in 0.3 GB; 128 are
-# hardly slower. What PyTorch cannot do on Apple's GPUs (mps) is left to the CPU.
+# products on CPUs, prepares a program for each shape and keeps up to 1024 of them, in 0.3 GB;
+# keeping 128 is hardly slower. What PyTorch cannot do on Apple's GPUs (mps) is left to the CPU.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
@@ -96,9 +97,9 @@ def pixels(images: Tensor) -> Tensor:
 def observe(images: Tensor, likelihood: str) -> Tensor:
     """Draw the x that the models see from stored images: [B, D] -> [B, D] float32.
 
-    Bernoulli: a grey pixel is read as the probability that the pixel is on, and binary images are
-    drawn from it, afresh at every visit. So the bound is one on the log probability of a binary
-    image, and every epoch sees fresh ones. Gaussian: x is what is stored.
+    Bernoulli: a pixel's grey is read as the probability that it is on, and a binary image is drawn
+    afresh at every visit. So the bound is one on the log probability of a binary image, and every
+    epoch sees new draws. Gaussian: x is what is stored.
     """
     x = pixels(images)
     return (torch.rand_like(x) < x).float() if likelihood == "bernoulli" else x
@@ -106,7 +107,7 @@ def observe(images: Tensor, likelihood: str) -> Tensor:
 
 @torch.no_grad()
 def in_chunks(f, images: Tensor, size=200) -> Tensor:
-    """f(pixels(images)) for images [n, D], computed size of them at a time."""
+    """f(pixels(images)) for images [n, D], computed for `size` images at a time."""
     return torch.cat([f(pixels(chunk)) for chunk in images.split(size)])
 
 
@@ -117,10 +118,10 @@ def log_bernoulli(x: Tensor, logits: Tensor) -> Tensor:
         log p(x) = sum_d  x_d log p_d + (1 - x_d) log(1 - p_d),
     the negative of the binary cross-entropy. With p / (1 - p) = exp(l) it is
         log p(x) = sum_d  x_d l_d + log(1 - p_d)  =  sum_d  x_d l_d - log(1 + exp(l_d)).
-    Summed over pixels, not averaged: beside a mean, the KL of the bounds would weigh D times too
-    much.
+    Summed over pixels, not averaged: log p(x) is the sum, and beside a mean the KL of the bounds
+    would weigh D times too much.
     """
-    # From logits, not from p: no log 0. The gradient with respect to l is x - p.
+    # From logits, not from p, so that log 0 never occurs. The gradient with respect to l is x - p.
     return -F.binary_cross_entropy_with_logits(logits.float(), x, reduction="none").sum(-1)
 
 
@@ -129,12 +130,12 @@ def log_gaussian(x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
 
     The log of the Gaussian density, written with logvar = log sigma^2 so that a network may output
     any real number:  sum_d  -1/2 [ log 2 pi + log sigma_d^2 + (x_d - mu_d)^2 / sigma_d^2 ].
-    As a likelihood its variance is learned: over data that share a sigma, the likelihood is highest
-    where sigma^2 is their mean of (x - mu)^2, so errors are measured in units of their usual size.
-    (With sigma fixed at 1, minus this would be half the squared error plus a constant, and what it
-    weighs beside the KL would depend on the unit of x. A learned sigma has a danger of its own: a
-    density has no upper limit, so at a few x that a decoder can copy exactly sigma would go to 0,
-    and the bound to infinity.)
+    Where it is the likelihood of x, sigma is learned: over data that share a sigma, the likelihood
+    is highest if sigma^2 is their mean of (x - mu)^2, so errors are measured in units of their
+    usual size. (With sigma fixed at 1, minus this would be half the squared error plus a constant,
+    and its weight beside the KL would depend on the unit of x. A learned sigma has a danger of its
+    own: a density has no upper limit, so if a decoder could copy a few x exactly, their sigma would
+    go to 0, and the bound to infinity.)
     """
     mu, logvar = mu.float(), logvar.float()
     return -0.5 * (math.log(2 * math.pi) + logvar + (x - mu) ** 2 * torch.exp(-logvar)).sum(-1)
@@ -153,8 +154,8 @@ def kl_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
            = -1/2 E_q[ log 2 pi sigma^2 + (z - mu)^2/sigma^2 ] + 1/2 E_q[ log 2 pi + z^2 ]
            = -1/2 [ log 2 pi + log sigma^2 + 1 ]               + 1/2 [ log 2 pi + mu^2 + sigma^2 ]
            =  1/2 [ mu^2 + sigma^2 - 1 - log sigma^2 ],
-    and dimensions are independent, so they add up. It is exact: of the bound (eq. 5, section 2)
-    only log p(x|z) is left to be estimated by a draw of z.
+    and dimensions are independent, so they add up. It is exact: of the bound (eq. 5, in
+    2 M1) only log p(x|z) is left to be estimated by a draw of z.
     """
     return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(-1)
 
@@ -162,9 +163,9 @@ def kl_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
 def sample_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
     """Draw z ~ N(mu, diag(exp(logvar))), reparameterised: all [B, Z] (section 3.2).
 
-    z = mu + sigma * eps with eps ~ N(0, I). The randomness no longer depends on mu and sigma, so
-    for a continuous, piecewise smooth f (a network)
-        grad E_q[f(z)] = E_eps[ grad f(mu + sigma * eps) ],  grad with respect to mu and sigma:
+    z = mu + sigma * eps with eps ~ N(0, I). The randomness, eps, no longer depends on mu and sigma,
+    so for a continuous, piecewise smooth f (a network) and the gradient in mu and sigma
+        grad E_q[f(z)] = E_eps[ grad f(mu + sigma * eps) ]:
     the gradient of an average is an average of gradients, and one draw estimates it without bias.
     (The alternative, the score-function estimator f(z) grad log q(z), uses only the value of f, not
     its slope, and is usually far noisier.)
@@ -178,13 +179,13 @@ def fade_in(done: float, ramp: float) -> float:
     return min(1.0, done / ramp) if ramp else 1.0
 
 
-# What is assumed of x, chosen by the data set (DATASETS). Each entry: how many outputs the decoder
-# has per dimension of x; log p(x|.) as a function of x and these outputs, each [B, D] -> [B]; the
-# mean of p(x|.) as a function of the outputs.
-# Bernoulli: a pixel is on or off. Right for ink on paper; grey is read as the probability of on.
-# Gaussian: x is any real number, its noise independent from dimension to dimension. Less wrong for
-# shades and colours once neighbouring pixels, far from independent, are rotated to principal
-# components (7 DATA). Its bounds are on densities: not comparable with those of binary images.
+# The p(x|.) that is assumed, chosen by the data set (DATASETS). Each entry: how many outputs the
+# decoder has per dimension of x; log p(x|.) as a function of x and these outputs, each [B, D] ->
+# [B]; the mean of p(x|.) as a function of the outputs.
+# Bernoulli: a pixel is on or off. Right for ink on paper; a grey is the probability of being on.
+# Gaussian: x is any real number, its noise independent from dimension to dimension. That is wrong
+# for the shades and colours of neighbouring pixels, less wrong for an image's principal components,
+# which it is given (7 DATA). Its bounds are on densities: not comparable with binary images'.
 LIKELIHOODS = {
     "bernoulli": (1, log_bernoulli, torch.sigmoid),  # one logit per pixel
     "gaussian": (2, log_gaussian, lambda mu, logvar: mu),  # a mean, a log-variance per dimension
@@ -228,11 +229,11 @@ def mlp(inputs, *sizes, batch_norm="all", activation="relu", init_std=0.0):
 # log p(x), free of z, comes out of E_q:
 #     -J(x) = log p(x) - KL( q(z|x) || p(z|x) ),
 # so lowering J raises log p(x), or narrows the gap, this KL, or both: fitting the model and doing
-# inference are one minimisation. The first term of -J rewards a z from which the decoder
-# can recover x. The KL is the price, in nats, of what z says about x. Averaged over x, it is the
-# mutual information of x and z under q, plus KL( qa(z) || p(z) ), qa being the average of q(z|x).
-# Without the first term q(z|x) = p(z) would be best; without the KL, a z without noise: an ordinary
-# autoencoder.
+# inference are one minimisation. The first term of -J rewards a z from which the decoder can
+# recover x. The second, KL( q(z|x) || p(z) ), is the price, in nats, of what z says about x.
+# Averaged over x, it is the mutual information of x and z under q, plus KL( qa(z) || p(z) ), qa
+# being the average of q(z|x). For the KL alone q(z|x) = p(z) would be best; for the first term
+# alone, a z without noise, as in an ordinary autoencoder.
 
 
 class M1(nn.Module):
@@ -277,8 +278,8 @@ class M1(nn.Module):
         hidden layer, from which mu(x) is computed, from being the same for all images.
 
         After the ramp, beta = 1 is eq. 5. With beta < 1, z says more about x than is best for the
-        bound. While the KL's weight is below 1, minus this loss need not be a lower bound;
-        self.bound is always eq. 5's.
+        bound, which may help a classifier (DATASETS, Fashion-MNIST). While the KL's weight is below
+        1, minus this loss need not be a lower bound; self.bound is always eq. 5's.
         """
         return self.J(x_u, beta=s["beta"] * fade).mean()
 
@@ -318,7 +319,7 @@ class M1(nn.Module):
 # =================================================================================================
 #
 # p(y) = Cat(1/K, ..., 1/K),  p(z) = N(0, I),  p(x|y,z) = f(x; y, z, theta)                  (eq. 2)
-# (The paper's p(y) is Cat(pi). Digits are about equally frequent.)
+# (The paper's p(y) is Cat(pi); digits are about equally frequent, so ours is uniform.)
 # q(z|x,y) = N(mu(x,y), diag sigma^2(x,y)),    q(y|x) = Cat(pi(x))                           (eq. 4)
 # (The paper has sigma^2(x); the authors' code lets it depend on y as well, and so do we.)
 #
@@ -331,11 +332,10 @@ class M1(nn.Module):
 #     log p(x) >= E_q(y,z|x)[ log p(x|y,z) + log p(y) + log p(z) - log q(z|x,y) - log q(y|x) ]
 #               = sum_y q(y|x) [ -L(x,y) ] - sum_y q(y|x) log q(y|x)      (the mean over z is -L)
 #               = sum_y q(y|x) [ -L(x,y) ] + H( q(y|x) )                            =: -U(x) (eq. 7)
-# The integral over z is intractable: z is drawn, and reparameterised. y is summed over: there are
-# only K classes, and a draw of y has no such gradient: y is discrete, so it cannot move a little
-# when q(y|x) does. The gaps are as in eq. 5: KL(q(z|x,y) || p(z|x,y)) in eq. 6 and
-# KL(q(y,z|x) || p(y,z|x)) in eq. 7. If q(y|x) is certain of one y, then H = 0 and U(x) is that y's
-# L(x,y).
+# z is drawn, and reparameterised, because its integral is intractable. y is summed over because
+# there are only K classes, and because a draw of y would pass no such gradient on to q(y|x): being
+# discrete, it cannot move a little when q(y|x) does. The gaps are as in eq. 5:
+# KL(q(z|x,y) || p(z|x,y)) in eq. 6 and KL(q(y,z|x) || p(y,z|x)) in eq. 7.
 # What does U teach q(y|x)? Let r(y) = softmax_y( -L(x,y) ), Bayes' rule with the bounds in place of
 # log p(x,y), so that L(x,y) = -log r(y) - log sum_y' exp(-L(x,y')). Put that into U:
 #     U(x) = KL( q(y|x) || r(y) ) - log sum_y' exp( -L(x,y') ),
@@ -354,12 +354,13 @@ class M1(nn.Module):
 # The added term is >= 0, so -J^alpha <= -J is also a lower bound, though a looser one, on the sum
 # of log p(x,y) over the labelled images and log p(x) over the unlabelled.
 #
-# WHAT ALPHA IS. The paper sets alpha = 0.1 * N without saying which N, and E_labelled is a mean
-# over labelled points. The authors' code multiplies each labelled point's -log q(y|x), in the sum
-# over the set, by 0.1 (N + M) / N. The two agree if the paper's N is the size of the WHOLE set,
-# here N + M. Divide J^alpha by it and everything is per image, whatever the size of the set:
+# WHAT ALPHA IS. The paper sets alpha = 0.1 * N, N being all observations in its section 2, but the
+# labelled ones in its Table 1; E_labelled is a mean over labelled points. The authors' code
+# multiplies each labelled point's -log q(y|x), in the sum over the set, by 0.1 (N + M) / N. The two
+# agree if the paper's N is here the size of the WHOLE set, our N + M. Divide J^alpha by it and
+# everything is per image, whatever the size of the set:
 #     J^alpha / (N + M) = [sum L + sum U] / (N + M) + a * mean_labelled[ -log q(y|x) ],
-# a = alpha / (N + M). This a is our --alpha: 0.1 is the paper's. Reading N as the number of labels
+# a = alpha / (N + M). This a is our --alpha; the paper's is 0.1. Reading N as the number of labels
 # would make the classification loss (N + M) / N times weaker: 500 times for 100 of 50,000 images
 # (of MNIST's 60,000, 10,000 are set aside for validation).
 #
@@ -390,7 +391,8 @@ class M2(nn.Module):
         # table of K vectors, and W_x x is computed once for all classes. (In p(x|y,z) z takes the
         # place of x; every pair of x and y has its own z, so nothing is shared there.) Unless
         # init_std says otherwise, the tables start with larger entries than W_x, so that y matters
-        # from the start. (By recipe paper, 0.001, M2 on pixels left y unused in 300 epochs: README)
+        # from the start. (With two hidden layers and the paper's init_std, 0.001, M2 on pixels had
+        # not come to use y after 300 epochs: README.)
         self.q_z = mlp(x_dim, *hidden, 2 * z_dim, **kw)
         self.q_z_y = nn.Embedding(y_dim, hidden[0])
         self.p_x = mlp(z_dim, *reversed(hidden), x_dim * self.outputs, **kw)
@@ -422,16 +424,16 @@ class M2(nn.Module):
         z = sample_gaussian(mu, logvar)
         x = x if i is None else x.index_select(0, i)
         log_p_x = self.log_density(x, *self.decode(y, z))  # log p(x|y,z)
-        log_p_y = -math.log(self.y_dim)  # log p(y), uniform: no gradient, but no bound without it
+        log_p_y = -math.log(self.y_dim)  # log p(y): constant, but without it -L is no bound
         return -(log_p_x + log_p_y - kl_gaussian(mu, logvar))
 
     def pairs(self, x: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """i, y and real, [P]: all B * K pairs of an image x [B, D] and a class, or those where
         keep, [B, K], is True.
 
-        In bfloat16 CPUs prepare anew for every shape they meet, so the kept pairs are filled up to
-        a multiple of ceil(B/10) with repetitions. real, [P], is False for these: they have weight 0
-        in U, though batch normalisation sees them.
+        In bfloat16 CPUs have to prepare for every new shape (see the imports), so the kept pairs
+        are filled up to a multiple of ceil(B/10) with repetitions. real is False for these: they
+        have weight 0 in U, though batch normalisation sees them.
         """
         B, K = len(x), self.y_dim
         if keep is None:
@@ -488,11 +490,11 @@ class M2(nn.Module):
         the other way.)
         """
         # With p(y) = 1/K, KL = sum_y 1/K [ log 1/K - log m_y ], where m_y is the mean of q(y|x).
-        # Why the factor: even a q(y|x) that is right and sure has an imbalance, because B images
-        # are not exactly B/K of each class. m_y is then a class's share of B images, with variance
+        # Why the factor: even a q(y|x) that is right and sure has an imbalance, because B random
+        # images are not exactly B/K of each class. m_y is then a class's share of them, of variance
         # 1/K (1 - 1/K) / B. To second order KL = K/2 sum_y (m_y - 1/K)^2 (the first order is 0, as
-        # sum_y m_y = 1), on average (K - 1) / (2 B) if B is many times K (if a class is missing,
-        # KL is infinite). With the factor it is near 0.01 nats or less from B = 10 K on.
+        # sum_y m_y = 1), on average (K - 1) / (2 B) if B is many times K (apart from the rare B
+        # images that lack a class). With the factor it is near 0.01 nats or less from B = 10 K on.
         B, K = log_q.shape
         log_mean_q = torch.logsumexp(log_q, 0) - math.log(B)
         return min(1.0, B / (50 * K)) * (-math.log(K) - log_mean_q.mean())
@@ -503,17 +505,17 @@ class M2(nn.Module):
         Miyato et al. 2015, arXiv 1507.00677). Here x is what the classifier sees (in the stack,
         M1's features).
 
-        If its mean over draws is small at an x where q(y|x) is sure, then probably no boundary is
-        that near x; if that holds at all images, the boundaries are where images are few. Which
-        delta is the worst? The KL is smallest, 0, at delta = 0. So for small delta it is about
-        1/2 delta^T A delta (A: its second derivatives at 0), largest along the eigenvector of A
-        with the largest eigenvalue. A step of the power method turns a random delta roughly there,
-        multiplying it by A; for small delta, A delta is the gradient of the KL at delta. (Only an
-        estimate: an eigenvector has no sign, so about every other delta points away from the
-        nearest boundary; our delta is not small, as a tiny one would drown in bfloat16's rounding;
-        and with batch normalisation each q also depends on the other images' delta.) Delta and
-        q(y|x) are constants in the gradient: q(y|x+delta) is to move towards q(y|x), not the other
-        way round.
+        If its mean over random starts is small at an x where q(y|x) is sure, then probably no class
+        boundary is that near x; if that holds at all images, the boundaries are where images are
+        few. Which delta is the worst? The KL is smallest, 0, at delta = 0. So for small delta it is
+        about 1/2 delta^T A delta (A: its second derivatives at 0), largest along the eigenvector of
+        A with the largest eigenvalue. One step of the power method, a multiplication by A, turns a
+        random delta roughly that way; for small delta, A delta is the gradient of the KL at delta.
+        (Only an estimate: an eigenvector has no sign, so about half of the time delta points away
+        from the nearest boundary; our delta is not small, as a tiny one would drown in bfloat16's
+        rounding; and with batch normalisation each q also depends on the other images' delta.)
+        Delta and q(y|x) are constants in the gradient: q(y|x+delta) is to move towards q(y|x), not
+        the other way round.
         """
         log_q = log_q.detach()
         # Batch normalisation would put x + delta into the running statistics, by which images are
@@ -549,31 +551,33 @@ class M2(nn.Module):
         The failure to avoid: q(y|x) soon fits the few labels and is certain everywhere, right or
         wrong. Eq. 7 weights L(x,y) by q(y|x), so the generative model then learns the wrong class,
         and teaches it back. The fast recipe has remedies that the paper lacks: (1) to (4), in the
-        stack (5) as well. What they are worth: after 15 epochs of M2 the test error is 3.4 %,
-        without (4) 6.9, without (3) 4.3, which may be chance, without (1) 16.9 (README, "What
-        differs from the paper"; COMMON MISTAKES).
+        stack (5) as well. After 15 epochs M2's test error is 3.4 % with (1) to (4), 16.9 without
+        (1), 4.3 without (3) (which may be chance), 6.9 without (4) (README, "What differs from the
+        paper"; COMMON MISTAKES).
         (1) U fades in: over the first s["ramp"] of training fade goes from 0 to 1, so q(y|x) learns
         from the labels before it learns from a generative model that knows nothing yet. (The
-        generative model itself learns from U almost at once: in its gradient even a small weight of
-        U soon outweighs L's, N / (N + M), 0.002 for 100 of 50,000, and Adam's steps hardly depend
-        on the gradient's scale.) Once fade is 1, minus (N + M) times the loss is, on average, a
-        lower bound like -J^alpha (but see mlp): all that stands beside L and U is >= 0.
+        generative model itself learns from U almost at once, even while fade is small: L's weight
+        is only N / (N + M), 0.002 for 100 of 50,000, so its gradient is soon mostly U's, and Adam's
+        steps hardly depend on the gradient's scale.) Once fade is 1, minus (N + M) times the loss
+        is, on average, a lower bound like -J^alpha (but see mlp): the terms beside L and U are
+        >= 0.
         (2) An alpha above the paper's keeps the labels from being outvoted by the many guesses. And
         a minibatch has 100 labelled images, where in proportion it would have one: the same means,
         with less noise.
         (3) No class may swallow another: balance times imbalance (of x_u) is added in full from the
         start, because classes are swallowed early.
         (4) A boundary near an image costs: the mean of roughness over the minibatch is added, with
-        weight c; how much it asks is set by its distance, s["smooth"], which is Euclidean, in x or
-        in M1's features: 2 is as far as four flipped pixels. To save time, it is computed in a
-        random half of the steps, times 2. (On device cuda in every step: a step that is recorded
-        once and then repeated, as is usual there, would repeat how the coin fell, too.)
-        (5) In the stack, many labels count more than U: c = N / s["trust"] if N > s["trust"] > 0,
-        else 1. (What c multiplies contains no network but q(y|x), and Adam's steps hardly depend on
-        the loss's scale: q(y|x) sees U with 1/c of its weight, the other networks see no
-        difference.) With N = 3000 this lowers the validation error a little (README). A possible
-        reason: U teaches q(y|x) the generative model's answer r(y), which then errs on 2.4 % of the
-        validation images, a q(y|.) trained without U on 1.6 %.
+        weight c. How far "near" reaches is set by s["smooth"], a Euclidean distance in x or in M1's
+        features: 2 is as far as four flipped pixels. To save time, it is computed in a random half
+        of the steps, times 2. (On device cuda in every step: there a step is usually recorded once
+        and then repeated, and how the coin fell would be repeated with it.)
+        (5) In the stack, if labels are many, they count more than U: c = N / s["trust"] if
+        N > s["trust"] > 0, else 1. (The terms that c multiplies contain no network but q(y|x), and
+        Adam's steps hardly depend on the loss's scale: for q(y|x) it is as if U had 1/c of its
+        weight, for the other networks nothing changes.) With N = 3000 this lowers the validation
+        error a little (README). A possible reason: U teaches q(y|x) the generative model's answer
+        r(y), which then errs on 2.4 % of the validation images, a q(y|.) trained without U on
+        1.6 %.
         """
         seen = torch.cat([x_l, x_u]) if seen is None else seen
         log_q = self.log_q_y(seen)
@@ -621,11 +625,11 @@ class M2(nn.Module):
 #     q(z1|x) from M1;  q(y|x), M2's classifier, sees z1 or q(z1|x)'s mean;  q(z2|z1,y) from M2
 #
 # Why stack? What U teaches, r(y), is decided by the differences of L(x,y) between classes. On
-# pixels a flexible decoder can explain an image well under the wrong class: the class is at most
-# log 10 = 2.3 of the 100 or so nats that an image costs; strokes' thickness, slant and place cost
-# far more. z1 leaves less to explain: some 36 numbers, blurred by q(z1|x)'s noise, that say on
-# average at most 33 nats about an image of MNIST (M1's mean KL). (With the fast recipe's remedies
-# M2 alone comes close: README.)
+# pixels a flexible decoder can explain an image well under the wrong class: of the 100 or so nats
+# that an image costs, the class accounts for at most log 10 = 2.3, the thickness, slant and place
+# of the strokes for far more. z1 leaves less to explain: some 36 numbers (its active dimensions,
+# below), blurred by q(z1|x)'s noise, that say on average at most 33 nats about an image of MNIST
+# (M1's mean KL). (With the fast recipe's remedies M2 alone comes close: README.)
 #
 # The bound. With z1 and M1's q(z1|x), the derivation of eq. 5 reads
 #     log p(x) >= E_q(z1|x)[ log p(x|z1) + log p(z1) - log q(z1|x) ],
@@ -638,10 +642,9 @@ class M2(nn.Module):
 # Training is in two stages. M1 is trained with p(z1) = N(0, I) and then frozen: p(x|z1) and q(z1|x)
 # no longer change, so to raise this bound, M2, with a Gaussian p(z1|y,z2), is trained to lower
 # the mean of U(z1), with a fresh draw of z1 at every visit of an image. (That Gaussian's variance
-# is learned, but it cannot gain without limit by going to 0: the mean of U is at least that of
-# -log p(z1), this at least the entropy of z1, and this at least the mean entropy of q(z1|x), which
-# is frozen.) For labelled x, log p(x,y) has the same bound with -L(z1,y) <= log p(z1,y) in place of
-# -U(z1).
+# is learned, but shrinking it to 0 cannot pay without limit: mean of U(z1) >= mean of -log p(z1) >=
+# entropy of z1 >= mean entropy of q(z1|x), which is frozen.) For labelled x, log p(x,y) has the
+# same bound with -L(z1,y) <= log p(z1,y) in place of -U(z1).
 # What q is given. The bound holds whatever q(z1|.) and q(y|.) look at. Let g be the grey image of
 # which the binary x is a draw (Gaussian data: g = x).
 #                         q(z1|.) sees    q(y|.) sees
@@ -651,9 +654,9 @@ class M2(nn.Module):
 #   Training draws z1 from q(z1|g), as the authors' code does: mean and variance are computed once
 #     for each g, not for each draw x of it. For the bound, q(z1|x) is what M1 was trained for and
 #     should be tighter.
-#   Images are classified by the mean; a classifier that sees it in training, too, errs less than
-#     one that sees draws (README: 2.0, not 2.5 %, N = 100). But r(y) depends on the draw z1, and
-#     such a q(y|.) cannot: the bound is lower than with q = r, by the mean of KL(q || r).
+#   Images are classified by the mean, and a classifier that saw the mean in training errs less than
+#     one that saw draws (README: 2.0 against 2.5 %, N = 100). The price: r(y) depends on the draw
+#     z1, such a q(y|.) cannot, so the bound is lower than with q = r, by the mean of KL(q || r).
 # What two stages give up: the bound is not maximised over all parameters together; q(z1|x) was
 # fitted to another prior and does not learn of the classes.
 
@@ -681,7 +684,7 @@ class M1M2(nn.Module):
         Of the bound only U and L can change, since the rest is frozen. They are minus bounds on log
         densities of z1, so they may be negative.
 
-        x_l and x_u are not images but what encode makes of them, side by side: [B, 2 active].
+        x_l and x_u are not images but encode's mu and logvar of them, side by side: [B, 2 active].
         """
         mu, logvar = torch.cat([x_l, x_u]).chunk(2, -1)
         z1 = sample_gaussian(mu, logvar)
@@ -701,9 +704,9 @@ class M1M2(nn.Module):
         """log p(x|z1) + log p(z1) - log q(z1|x) for one draw z1 ~ q(z1|x), [B], nats per image:
         M1's log_weight with another p(z1).
 
-        log_p_active: z1's active dimensions [B, active] -> [B], their log density under M2, of
-        which it may be a bound or an estimate (None: M2's log_weight; with it E[exp of the result]
-        = p(x)).
+        log_p_active: a function of z1's active dimensions, [B, active] -> [B]: a bound on or an
+        estimate of their log density under M2 (None: M2's log_weight, with which E[exp of the
+        result] = p(x)).
         """
         log_p_active = log_p_active or self.m2.log_weight
 
@@ -732,9 +735,9 @@ class M1M2(nn.Module):
 # =================================================================================================
 # 5. CLASSIFIERS ON M1's FEATURES: the mean of q(z|x) stands for x
 # =================================================================================================
-# tsvm scores only the points that it is given; kernel_machine turns that into a classifier of any
-# other z, which is M1's. NearestPoint is the simple one: --classifier knn, and the validation error
-# while M1 is being trained. Scores are [B, K], for z [B, Z]; the largest is the answer.
+# tsvm scores only the points that it is given; kernel_machine makes of these scores a classifier of
+# any z, M1's. NearestPoint, a simple one, is --classifier knn, and gives the validation error while
+# M1 is being trained. Scores are [B, K], for z [B, Z]; the largest is the answer.
 
 
 def nearest(z: Tensor, points: Tensor, k: int) -> Tensor:
@@ -781,13 +784,14 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=10, C=0.3, steps=100, spread=0.3)
     """Transductive support vector machine on the graph of neighbours. z: [n, Z], the first N of
     them labelled y_l [N]. Returns the scores f [n, K], all -1 where no label has reached a point.
 
-    There is one support vector machine for each class c against the others, with score f_c. Write
-    t_c(y) = +1 if c = y, else -1: it wants t_c(y) f_c >= 1 and pays for what is missing, here by
-    its square:
+    For each class c a support vector machine separates c from the others by its score f_c. It
+    wants t_c(y) f_c >= 1, where t_c(y) = +1 if c = y, else -1, and pays for what is missing, here
+    by its square:
         hinge(f, y) = sum_c max(0, 1 - t_c(y) f_c)^2.
     Many f fit the N labels. The usual SVM picks one of small norm in a kernel's space; ours picks
-    one that is smooth where the data are: m_i is the mean of f over the k nearest neighbours of
-    point i. An unlabelled point has no y, so y is minimised over as well. The aim:
+    one that is smooth where the data are: each f_i is kept close to m_i, the mean of f over the k
+    nearest neighbours of point i. An unlabelled point has no y, so we minimise over y as well. The
+    aim:
         sum_unlabelled [ |f_i - m_i|^2 + C * min_y hinge(f_i, y) ],
         with f_ic = t_c(y_i) at the labelled points.
     The last term makes it a transductive SVM: it pushes unlabelled points to a side, and so the
@@ -797,13 +801,13 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=10, C=0.3, steps=100, spread=0.3)
     - max(0, 1 + f)^2 decreases in f, so it lowers the hinge if f_d > f_c.
 
     No step is guaranteed to lower this aim: all points change at once, each given the others' old
-    scores, and the scaling below is not in it. Unlabelled points start at f = -1, no class. In the
-    first `spread` (a fraction) of the steps labels spread without the last term, f = m: an early
-    wrong guess would spread too. After that, m + 1 is scaled, class by class, so that (m_c + 1)/2,
-    about 1 within class c and 0 elsewhere, has the mean 1/K over the points, as p(y) has it (wrong
-    for SVHN, used all the same). Every unlabelled point that a label has reached takes the f that
-    minimises its own two terms, given this m (svm_step). For a given y that minimum is
-    C / (1 + C) hinge(m, y), so the best y is the argmax of m.
+    scores, and the scaling below is not in it. Unlabelled points start at f = -1, in no class. In
+    the first `spread` (a fraction) of the steps labels spread without the last term (f = m), as an
+    early wrong guess would spread, too. After that, m + 1 is scaled, class by class, so that
+    (m_c + 1)/2, about 1 within class c and 0 elsewhere, has the mean 1/K over the points, as p(y)
+    says (wrong for SVHN, but used there, too). Every unlabelled point that a label has reached
+    takes the f that minimises its own two terms, given this m (svm_step). For a given y that
+    minimum is C / (1 + C) hinge(m, y), so the best y is the argmax of m.
 
     (Transductive SVMs: Joachims 1999; labels spreading on a graph: Zhu and Ghahramani 2002;
     scaling to the classes' shares: Zhu et al. 2003.)
@@ -836,11 +840,11 @@ def kernel_machine(z: Tensor, f: Tensor, R=6000) -> KernelMachine:
     where sd(u_d) = sd(z_d)^2.
 
     Random Fourier features (Rahimi and Recht 2007): for omega ~ N(0, I / w^2) and a phase uniform
-    on 0..2 pi, 2 cos(omega . u + phase) cos(omega . v + phase) is the cosine of the difference plus
-    that of the sum. The latter averages to 0, cos(omega . (u - v)) to the kernel. So W^T phi(z),
-    with R cosines of omega . u + phase for phi(z), approximates a function in the kernel's space,
-    and |W|^2 approximates its squared norm there times 2/R. With t = +1 for a point's class and -1
-    for the others, the aim
+    on 0..2 pi, 2 cos(omega . u + phase) cos(omega . v + phase) is cos(omega . (u - v)) plus the
+    cosine of the two arguments' sum. On average the first is the kernel and the second 0. So
+    W^T phi(z), where phi(z) holds R such cos(omega . u + phase), approximates a function in the
+    kernel's space, and |W|^2 approximates its squared norm there times 2/R. With t = +1 for a
+    point's class and -1 for the others, the aim
         sum_i |W^T phi(z_i) - t_i|^2 + |W|^2
     is quadratic in W; its gradient is 0 where (I + sum_i phi phi^T) W = sum_i phi t^T.
     """
@@ -863,8 +867,8 @@ def kernel_machine(z: Tensor, f: Tensor, R=6000) -> KernelMachine:
 # N = 100, after ten epochs, mean and standard deviation over seeds 0 to 2 (the line in question
 # changed, the bound computed as before; an H200, bfloat16, commit c1fd782, whose tsvm had k = 7).
 # Ten epochs are few, and chance still rules: unchanged, M2 has 5.7, 2.9 and 5.2 % (after all 32
-# epochs 2.1, 1.9, 2.3). So read nothing into a point or two. Some of these mistakes are settings of
-# the paper, whose recipe gives them 3000 epochs.
+# epochs 2.1, 1.9, 2.3). So read nothing into a point or two. Some of these are no mistakes but
+# settings of the paper, whose recipe gives them 3000 epochs.
 # M2 as it is, --model m2 --epochs 10: the bound is -105 nats                            4.6 +- 1.5
 #   without alpha's term (--alpha 0): labels reach q(y|x) only through L, then U        46.8 +- 1.0
 #   without U (weight 0): L, the labels' loss, balance and roughness are left; the bound
@@ -872,8 +876,8 @@ def kernel_machine(z: Tensor, f: Tensor, R=6000) -> KernelMachine:
 #   without L: its weight is 0.002 here; it is U that teaches the generative model       4.2 +- 1.0
 #   without the entropy in U (no log q there)                                            4.3 +- 1.1
 #   the entropy with the wrong sign (L - log q in U), which rewards certainty            4.7 +- 1.5
-#     Neither of these two shows in the error. They are bounds still, but looser by H(q(y|x)) and by
-#     2 H, which is little once q(y|x) is nearly certain, as it soon is here.
+#     Neither of these two shows in the error. Minus such a U is a bound still, but looser, by
+#     H(q(y|x)) and by 2 H, which is little once q(y|x) is nearly certain, as it soon is here.
 #   y drawn from q(y|x) instead of summed over. No gradient of L reaches q(y|x) through a
 #     draw: only entropy, balance, roughness and the labels teach it                    62.6 +- 5.1
 #   the likelihood averaged over pixels (mean for sum in log_bernoulli): the KL, 784
@@ -897,14 +901,16 @@ def kernel_machine(z: Tensor, f: Tensor, R=6000) -> KernelMachine:
 # "fast", the default, was chosen on MNIST, mostly with N = 100, by the error on the 10,000
 # validation images. (That uses their labels: N labels alone would be a poor guide.) "paper" is what
 # the paper and its authors' code publish for MNIST with N = 100; for more labels they take twice as
-# many minibatches: --batch-size 250. Where they differ, "paper" follows the paper. (The code's
-# M1 has layers of 500, minibatches of 1000 and a prior of the weights, and trains until its
-# validation bound has not risen for 10,000 epochs; its stack for N = 100 has one layer of 300;
-# there is none of M2 on the pixels of a partly labelled set.) Ours in every recipe are, above all:
-#   M1's classifier "tsvm" (5 CLASSIFIERS);
+# many minibatches: --batch-size 250. Where they differ, "paper" follows the paper, but for the
+# variance of q(z|x,y) (3 M2). (The code's M1 has layers of 500, minibatches of 1000 and a prior of
+# the weights, and trains until its validation bound has not risen for 10,000 epochs; its stack for
+# N = 100 has one layer of 300; it has no script for M2 on a partly labelled set of pixels, only
+# for M2 with all labels, with two layers of 500.) Ours in every recipe are, above all:
+#   M1's classifier "tsvm" (5 CLASSIFIERS), its minibatches of 500, its 3000 epochs;
 #   M1's initial weights, which are PyTorch's (the code's have a standard deviation 3^(1/2) times as
 #     large, and are 0 for log sigma^2);
-#   labelled images are drawn afresh for every minibatch (the code goes through them in turn).
+#   minibatches: labelled images are drawn afresh (the code goes through them in turn), unlabelled
+#     ones reshuffled in every epoch (the code: once).
 # The stack (M1+M2) trains its M2 by the column m1+m2, its M1 by the column m1 (which STACKED_M1
 # changes, but not in "paper"). Every row is also an option: --batch-size 200, say.
 
@@ -918,21 +924,23 @@ SETTINGS = {
                        "labelled images beside them (batch_norm: at least 2); 0: batch_size * N/M"),
     "lr": ((3e-3, 2e-3, 3e-3), (3e-4, 3e-4, 3e-4), (1e-99,), "Adam's initial step size"),
     "lr_decay": ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (0.0, 1.0), "part of lr lost by the end"),
-    "z_dim": ((50, 50, 50), (50, 50, 50), (1, 9999), "of z or z2; 2: draws styles.png (not m1)"),
+    "z_dim": ((50, 50, 50), (50, 50, 50), (1, 9999), "of z or z2; 2: styles.png is drawn (not m1)"),
     "hidden": (((1000, 1000), (500, 500), (500, 500)), ((600, 600), (500,), (500,)), (1, 9999),
                "units in the hidden layers of every network"),
-    "activation": (("relu",) * 3, ("softplus",) * 3, ("relu", "softplus"), "of hidden layers"),
+    "activation": (("relu",) * 3, ("softplus",) * 3, ("relu", "softplus"), "of the hidden layers"),
     # Without it M1 uses fewer dimensions of z and the stack hardly any of z2 (see M1.objective).
-    "batch_norm": (("all", "none", "all"), ("none", "none", "none"), ("all", "none"), "of layers"),
+    "batch_norm": (("all", "none", "all"), ("none",) * 3, ("all", "none"), "of hidden layers"),
     "init_std": ((0.0, 0.0, 0.0), (0.0, 0.001, 0.001), (0.0,),
                  "standard deviation of initial weights; 0: PyTorch's, 0.5 in M2's y tables"),
     "weight_prior": ((0.0, 0.0, 0.0), (0.0, 1.0, 1.0), (0.0,), "v: w ~ N(0, I / v); 0: none"),
     "alpha": ((None, 10.0, 1.0), (None, 0.1, 0.1), (0.0,), "weight of the classification loss"),
     "balance": ((None, 5.0, 5.0), (None, 0.0, 0.0), (0.0,), "weight of M2.imbalance"),
     "smooth": ((None, 2.0, 1.0), (None, 0.0, 0.0), (0.0,), "distance in M2.roughness; 0: none"),
-    "trust": ((None, 0.0, 300.0), (None, 0.0, 0.0), (0.0,), "if N > it > 0, L and U weigh it / N"),
+    "trust": ((None, 0.0, 300.0), (None, 0.0, 0.0), (0.0,),
+              "if N > it > 0, all but L and U weighs N / it times as much"),
     "beta": ((1.0, None, None), (1.0, None, None), (0.0,), "weight of the KL in eq. 5"),
-    "ramp": ((0.15, 0.5, 0.5), (0.0, 0.0, 0.0), (0.0, 1.0), "part in which M1's KL or U fades in"),
+    "ramp": ((0.15, 0.5, 0.5), (0.0, 0.0, 0.0), (0.0, 1.0),
+             "part of training in which M1's KL or U fades in"),
     "threshold": ((None, 0.01, 0.01), (None, 0.0, 0.0), (0.0, 1.0),
                   "U skips classes with q(y|x) below it (or 1/(2K), if less); default on GPUs 0"),
     "classifier_sees": ((None, None, "mean"), (None, None, "draw"), ("mean", "draw"),
@@ -942,17 +950,18 @@ SETTINGS = {
 # fmt: on
 
 # What "fast" changes in the column m1 for the stack's M1: it trains for a third of the time, and
-# its KL fades in to the very end. So its bound is worse (-96.5, not -92 nats), but more dimensions
-# of z stay active (35 to 38, not 30 to 32), from which M2 learns the class equally well, sooner.
+# its KL fades in to the very end. So its bound is worse (-96.5 against -92 nats), but more
+# dimensions of z stay active (35 to 38 against 30 to 32), from which M2 learns the class equally
+# well, sooner.
 STACKED_M1 = {"epochs": 21, "hidden": (1000, 500), "lr": 4e-3, "ramp": 1.0}
 
 # What a data set changes: the number of labels N (else 100), the key of its likelihood in
 # LIKELIHOODS (else Bernoulli if grey, Gaussian if coloured), and a model's values in SETTINGS.
 DATASETS = {
     "fashion": {  # chosen by the validation error with N = 1000, though the default is 100
-        # With beta = 0.3 M1 uses 36 dimensions, not 13, and its features say more about the class.
+        # With beta = 0.3, not 1, M1 uses 36 dimensions, not 13, which say more about the class.
         # (Eq. 5's bound is worse; but in the stack M2 is the prior of z1, not eq. 5's N(0, I).)
-        # (lr and the stack's epochs are those it was chosen with, before there was STACKED_M1.)
+        # (lr and the stack's epochs were chosen before there was STACKED_M1.)
         "m1": {"epochs": 30, "hidden": (600, 600), "lr": 3e-3, "beta": 0.3, "ramp": 0.5},
         "m1+m2": {"epochs": 45},
     },
@@ -1004,7 +1013,7 @@ def one_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def or_bad_input(message: str):
-    """Any exception in the block (libraries raise many kinds) becomes BadInput, but for memory."""
+    """Exceptions in the block (libraries raise many kinds) become BadInput, except MemoryError."""
     try:
         yield
     except (BadInput, MemoryError):
@@ -1036,7 +1045,8 @@ def glyphs(n: int = 70_000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
     Each has its own stroke width, affine map (scale, shear, shift), smooth elastic warp and pixel
     noise. The error of 1-nearest-neighbour is 44 % with 100 labelled images, 9 % with 60,000.
-    (CPUs of another kind may round a pixel in 100,000 differently: to them it is other data.)
+    (CPUs of another kind may round a pixel in 100,000 differently; by its checksum it is then other
+    data.)
     """
     font = ImageFont.load_default(46)
     ink = torch.empty(3, 10, 1, 56, 56)  # [stroke, digit, 1, height, width]
@@ -1078,11 +1088,11 @@ def load_norb(folder: Path) -> list[np.ndarray]:
     for plain in [folder / name for name in NORB_FILES]:
         path, opened = (plain, open) if plain.exists() else (Path(f"{plain}.gz"), gzip.open)
         if not path.exists():
-            part = Path(f"{path}.part")  # an interrupted download's is started anew
+            part = Path(f"{path}.part")  # of an interrupted download: start anew
             part.unlink(missing_ok=True)
             download_url(NORB_URL + path.name, str(folder), part.name)
             part.rename(path)
-        hint = f"{path} is damaged or no NORB file; remove it to have it downloaded"
+        hint = f"{path} is damaged or not a NORB file; remove it to have it downloaded"
         with or_bad_input(hint), opened(path, "rb") as file:
             magic, ndim = np.frombuffer(file.read(8), "<i4")
             dtype = {0x1E3D4C55: "u1", 0x1E3D4C54: "<i4"}[magic]
@@ -1145,7 +1155,8 @@ def check(source: str | Path, arrays: list[np.ndarray]) -> None:
     x_train, y_train, x_test, y_test = arrays
     for x, y, part in ((x_train, y_train, "train"), (x_test, y_test, "test")):
         if 0 in x.shape or x.shape[1:] != x_train.shape[1:] or x.shape[1] not in (1, 3):
-            raise BadInput(f"{source}: x_{part} must be [n, H, W] or [n, H, W, C], C being 1 or 3")
+            hint = "[n, H, W] or [n, H, W, C], C being 1 or 3, of one size in train and test"
+            raise BadInput(f"{source}: x_{part} must be {hint}")
         is_bytes = x.dtype == np.uint8 and x.max() > 1  # 1 of 255 would be nearly black
         if not is_bytes and not (x.dtype.kind == "f" and 0 <= x.min() and x.max() <= 1):
             hint = "uint8 up to 255, or floats in [0, 1] (also of binary images), none of them NaN"
@@ -1173,7 +1184,7 @@ def split(y: Tensor, n_labels: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     by_class = [rest[y[rest] == k] for k in range(K)]
     most = K * min((len(rest) - 2) // K, *map(len, by_class))  # at least two stay unlabelled
     if n_labels % K or not K <= n_labels <= most:
-        raise BadInput(f"--labels {n_labels}: give a multiple of {K}, the classes, up to {most}")
+        raise BadInput(f"--labels {n_labels}: give a multiple of {K} (the classes), at most {most}")
     labelled = torch.cat([members[: n_labels // K] for members in by_class])
     unlabelled = rest[~torch.isin(rest, labelled)]  # in an order that does not depend on labels
     return labelled, unlabelled, valid
@@ -1239,7 +1250,7 @@ def load_data(dataset: str, data_dir: Path, n_labels, seed: int, device, saved=N
         checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
     if saved and saved["settings"]["checksum"] != checksum:
         other = saved["settings"]["dataset"]
-        raise BadInput(f"{name} is not the data that the saved model was trained on ({other})")
+        raise BadInput(f"{name} is not the data that the saved model was trained on; give {other}")
 
     shape = arrays[0].shape[1:]
     usual = {"labels": 100, "likelihood": "bernoulli" if shape[0] == 1 else "gaussian"}
@@ -1251,7 +1262,7 @@ def load_data(dataset: str, data_dir: Path, n_labels, seed: int, device, saved=N
     pca, likelihood, y_dim = None, row["likelihood"], int(y_train.max()) + 1
     if likelihood == "gaussian":
         pca = saved["pca"] if saved else principal_components(x_train[torch.cat([u, l])])
-        with or_bad_input(f"the principal components do not fit {name}"):
+        with or_bad_input(f"the saved principal components do not fit {name}; train anew"):
             x_train, x_test = project(x_train, pca), project(x_test, pca)
     tensors = (x_train[l], y_train[l], x_train[u], x_train[v], y_train[v], x_test, y_test)
     return Data(name, shape, y_dim, likelihood, pca, checksum, *(a.to(device) for a in tensors))
@@ -1264,8 +1275,8 @@ def load_data(dataset: str, data_dir: Path, n_labels, seed: int, device, saved=N
 
 def bfloat16_is_faster(device: torch.device) -> bool:
     """Whether matrix products are faster in bfloat16: yes on most CUDA GPUs since 2020, on CPUs
-    with AMX and on AMD's with AVX512-BF16 (2.3 times as fast as float32; on Intel's without AMX 0.5
-    times).
+    with AMX and on AMD's with AVX512-BF16 (2.3 times as fast as float32; on Intel's
+    without AMX, no: 0.5 times).
 
     It has float32's range with 8 bits of precision: enough for activations, the copies of the
     weights that are multiplied, and the gradients of both. The weights themselves, Adam's moments,
@@ -1325,8 +1336,8 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run") -> None:
     n_l = s.get("batch_labelled") or round(N * n_u / M)  # labelled images in it
     n_l = min(N, max(n_l, 2 if s["batch_norm"] == "all" else 1))  # of one there is no variance
     # An epoch sees each unlabelled image once (a remainder of fewer than n_u is left out). If that
-    # is fewer than N / n_l steps, it has as many and sees unlabelled images again. Every minibatch
-    # has n_l labelled images, drawn afresh (all of them if n_l = N). M1 has N = 0.
+    # makes fewer than N / n_l steps, the epoch has N / n_l and sees some of them again. Every
+    # minibatch has n_l labelled images, drawn afresh (all of them if n_l = N). M1 has N = 0.
     steps = max(M // n_u, math.ceil(N / max(1, n_l)))
     rounds = math.ceil(steps * n_u / M)
     # The paper gives M2's weights w a prior N(0, I), here N(0, I / v). Its -log p(w) / (N + M), the
@@ -1337,7 +1348,7 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run") -> None:
     optimizer = torch.optim.Adam(model.parameters(), s["lr"], weight_decay=decay, fused=True)
     stage = "m1" if isinstance(model, M1) else run.settings["model"]
     first = run.resume(stage, model, optimizer)
-    few = " (few: a smaller --batch-size makes more)" if steps * s["epochs"] < 500 else ""
+    few = " (few: more --epochs or a smaller --batch-size)" if steps * s["epochs"] < 500 else ""
     count = f"{N:,} labelled, {M:,} unlabelled images" if N else f"{M:,} images, no labels"
     size = f"{count}, {s['epochs']} epochs of {steps} steps{few}"
     print(f"{stage}: {size}, {device.type}, {run.settings['precision']}", flush=True)
@@ -1352,7 +1363,7 @@ def train(model: nn.Module, data: Data, s: dict, run: "Run") -> None:
         with torch.autocast(device.type, torch.bfloat16, run.settings["precision"] == "bfloat16"):
             batch = observe(x_l[l], likelihood), data.y_l[l], observe(x_u[u], likelihood)
             loss = model.objective(*batch, N, M, fade, s)
-        optimizer.zero_grad()  # .grad = None: what backward does (and records) is to write, not add
+        optimizer.zero_grad()  # .grad = None: so backward writes, and does not add
         loss.backward()
         return loss.detach()
 
@@ -1606,7 +1617,9 @@ SAVED = ("settings", "model", "optimizer", "classifier", "pca", "rows", "seconds
 
 def load_saved(path: Path, device, finished=True) -> dict:
     """Read a model.pt, running no code from it. Raises BadInput."""
-    with or_bad_input(f"cannot read {path}: is it a file written by this version of ssvae.py?"):
+    hint = "give a file written by this version of ssvae.py"
+    hint = hint if finished else "remove it, or give another --out-dir"
+    with or_bad_input(f"cannot read {path}; {hint}"):
         if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
             raise ValueError(f"{damaged} in it is damaged")
         saved = torch.load(path, map_location=device, weights_only=True)
@@ -1638,7 +1651,7 @@ class Run:
 
     def resume(self, stage: str, model: nn.Module, optimizer) -> int:
         """Go on from what was saved in this stage, if anything. Returns the epochs done."""
-        with or_bad_input(f"the model.pt in {self.folder} does not fit the model"):
+        with or_bad_input(f"the model.pt in {self.folder} does not fit; remove it"):
             if not self.rows or self.rows[-1]["stage"] != stage:
                 return 0
             model.load_state_dict(self.saved["model"])
@@ -1680,20 +1693,20 @@ class Run:
 def number(low, high=1e16):
     """An argparse type: a number of low's type, from low up to high."""
     kind = type(low)
+    name = "a whole number" if kind is int else "a number"
 
     def parse(text: str):
-        value = kind(text)
-        if not low <= value <= high:
-            raise ValueError
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"give {name} from {low} to {high}, not {text[:20]!r}")
 
-    parse.__name__ = f"{kind.__name__} from {low} to {high}"
     return parse
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise BadInput(message)
+        raise BadInput(f"{message}; see --help")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -1706,10 +1719,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--dataset", default="auto", help="mnist, fashion, svhn, norb, glyphs (built in), PATH.npz "
         "(x_train, y_train, x_test, y_test) or auto (default): mnist, else glyphs")
     add("--labels", type=count, nargs="+", metavar="N",
-        help="number of labelled images (100; svhn, norb 1000); several with --reproduce")
-    add("--seed", type=number(0, 2**32 - 1), default=0, help="draws splits, weights, noise (0)")
+        help="number of labelled images (default: 100; svhn, norb 1000); several with --reproduce")
+    add("--seed", type=number(0, 2**32 - 1), default=0, help="of split, weights and noise (0)")
     add("--recipe", choices=["fast", "small", "paper"], default="fast",
-        help="of the settings; small: narrower networks, fewer epochs (fast)")
+        help="fast (default), small (narrower networks, fewer epochs) or paper (as published)")
     add("--m1-epochs", type=count, help="for m1+m2: epochs of its M1 stage")
     add("--m1", type=Path, metavar="FILE", help="model.pt of an M1 to use, not to train one")
     add("--device", default="auto", help="auto (an accelerator if there is one), cpu, cuda, ...")
@@ -1725,9 +1738,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "importance-sampled with S draws of z")
     add("--reproduce", action="store_true", help="the paper's table: every model (or --model), "
         "--labels (100 600 1000 3000) and --seeds; given again, it goes on")
-    add("--seeds", type=count, default=5, help="number of seeds of --reproduce, 0, 1, ... (5)")
+    add("--seeds", type=count, default=5, help="of --reproduce, how many: 0, 1, ... (default: 5)")
     # fmt: on
-    group = parser.add_argument_group("settings, with fast's for m1, m2, m1+m2 (M2 stage), MNIST")
+    group = parser.add_argument_group("settings (fast's for m1, m2, m1+m2's M2, on MNIST)")
     for name, (fast, _, allowed, meaning) in SETTINGS.items():
         how = {"choices": allowed} if isinstance(allowed[0], str) else {"type": number(*allowed)}
         how["nargs"] = "+" if name == "hidden" else None
@@ -1804,7 +1817,7 @@ def rebuild(path: Path, saved: dict, data: Data) -> nn.Module:
     Raises BadInput if they do not fit each other or the data.
     """
     s = saved["settings"]
-    with or_bad_input(f"{path} does not fit this model and data"):
+    with or_bad_input(f"{path} does not fit this model and data; train it anew"):
         model = assemble(s, data, active=saved["model"].get("active")).eval()
         model.load_state_dict(saved["model"])
         if s["model"] == "m1":
@@ -1828,18 +1841,18 @@ def main(argv: list[str] | None = None) -> int:
         what = reproduce if args.reproduce else evaluate_saved if args.load else train_and_evaluate
         what(args)
         return 0
-    except (BadInput, FloatingPointError) as error:  # of train
+    except (BadInput, FloatingPointError) as error:  # the latter is train's
         print("ssvae:", " ".join(str(error).split()), file=sys.stderr)  # names may hold a newline
         return 2 if isinstance(error, BadInput) else 1
     except (RuntimeError, MemoryError) as error:  # on CPUs PyTorch has no out-of-memory class
         words = ("allocate", "could not create a primitive")  # the latter is oneDNN's
         if not isinstance(error, MemoryError) and not any(w in str(error) for w in words):
             raise
-        print(f"ssvae: {one_line(error)}; try a smaller --batch-size", file=sys.stderr)
+        print(f"ssvae: {one_line(error)}; in training, try a smaller --batch-size", file=sys.stderr)
         return 1
     except OSError as error:  # files raise BadInput; this is standard output, closed or full
         sys.stdout = io.StringIO()  # else Python tries again at exit
-        hint = "repeat the command with --resume and its output to a file or terminal"
+        hint = "repeat it with its output to a file or terminal (and --resume, if it trains)"
         print(f"ssvae: cannot print ({one_line(error)}); {hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -1930,7 +1943,7 @@ def choose_settings(args, data: Data, device, saved_m1: dict | None) -> dict:
     s |= {name: getattr(args, name) for name in s if getattr(args, name) is not None}
     m1 = settings_of("m1", args.recipe, data.name, stacked=True)
     m1["epochs"] = args.m1_epochs or m1["epochs"]
-    if saved_m1:  # another seed's was trained on images that are validation images here
+    if saved_m1:  # another seed's has seen this one's validation images
         m1 = saved_m1["settings"]
         if (m1.get("model"), m1.get("seed")) != ("m1", args.seed):
             raise BadInput(f"--m1 {args.m1} is not of model m1 and seed {args.seed}")
@@ -2032,13 +2045,13 @@ def reproduce(args: argparse.Namespace) -> None:
             if model != "m2":
                 shared = folder / f"{model}-shared-m1-{seed}" / "model.pt"
                 # Train it, unless that is done. It uses no labels, so one trained for another N
-                # serves as well: go checks the other settings, and is told that N.
+                # serves as well: go is told that N, and checks the other settings.
                 begun = os.path.exists(shared) and load_saved(shared, "cpu", finished=False)
                 N = begun["settings"]["labels"] if begun else args.labels[0]
                 own = settings_of("m1", args.recipe, args.dataset, stacked=model == "m1+m2")
                 own["epochs"] = args.m1_epochs or own["epochs"]
                 own = {} if args.model == "m1" else own
-                own["classifier"] = "knn"  # a quick one: the runs have theirs, or need none
+                own["classifier"] = "knn"  # quick, and not used: m1's runs train their own
                 seconds += go(shared.parent, "m1", N, seed, **own)["seconds"]
             for N in args.labels:
                 runs.append(go(folder / f"{model}-{N}-{seed}", model, N, seed, shared))

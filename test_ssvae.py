@@ -705,9 +705,9 @@ def test_split_is_balanced_disjoint_and_drawn_by_the_seed():
     assert set(labelled.tolist()) != set(other[0].tolist())
     assert set(valid.tolist()) != set(other[2].tolist())
     for seed in range(20):  # of 60, 10 validate, of 18, 3; two at least stay unlabelled
-        with pytest.raises(ssvae.BadInput, match="up to 4[2468]"):
+        with pytest.raises(ssvae.BadInput, match="at most 4[2468]"):
             ssvae.split(torch.arange(2).repeat(30), 50, seed)
-        with pytest.raises(ssvae.BadInput, match="up to 1[02]"):
+        with pytest.raises(ssvae.BadInput, match="at most 1[02]"):
             ssvae.split(torch.arange(2).repeat(9), 14, seed)
 
 
@@ -1715,7 +1715,7 @@ def test_reproduce_asks_every_seed_whether_its_labels_suffice(tmp_path, capsys):
     for seed in (0, 1):
         ssvae.split(torch.from_numpy(y), 45, seed)  # raises nothing
     run(*args, "--out-dir", tmp_path / "q", code=2)
-    assert "up to 42" in capsys.readouterr().err and not (tmp_path / "q").exists()
+    assert "at most 42" in capsys.readouterr().err and not (tmp_path / "q").exists()
 
 
 def test_command_good_and_bad(small, tmp_path):
