@@ -42,14 +42,14 @@ NOTATION (mostly the paper's; its N sometimes means our N + M)
                 last of which is the "decoder"
     q_phi       the recognition model or "encoder", phi being its weights: q(z|x), or q(z|x,y) and
                 the classifier q(y|x)
-    L, U, J     losses, each the negative of a lower bound on a log probability: L(x,y) of a
-                labelled image (eq. 6), U(x) of an unlabelled one (eq. 7), J of the whole set
+    L, U, J     losses, each the negative of a lower bound on a log probability (or density): L(x,y)
+                of a labelled image (eq. 6), U(x) of an unlabelled one (eq. 7), J of the whole set
                 (eq. 8). M1 has J(x), of one image (eq. 5)
     J^alpha     J + alpha times the classification loss (eq. 9; in the code per image, see M2)
     N, M        the number of labelled and of unlabelled training images
 The three models' losses are in nats (natural logarithm). E_q[.] is an expectation over q,
-KL(q || p) = E_q[log q - log p] >= 0 the divergence, H(q) = -E_q[log q] the entropy, Cat(pi) the
-distribution over classes that gives class y probability pi_y.
+KL(q || p) = E_q[log q - log p] the divergence (>= 0, by Jensen), H(q) = -E_q[log q] the entropy,
+Cat(pi) the distribution over classes that gives class y probability pi_y.
 
 Sections 1 to 5 hold the theory and end with COMMON MISTAKES; 6 to 11 are the machinery. One table
 (6 SETTINGS) has the settings of models and training by two recipes: "paper", published for N = 100,
@@ -185,7 +185,7 @@ def fade_in(done: float, ramp: float) -> float:
 # Bernoulli: a pixel is on or off. Right for ink on paper; a grey is the probability of being on.
 # Gaussian: x is any real number, its noise independent from dimension to dimension. That is wrong
 # for the shades and colours of neighbouring pixels, less wrong for an image's principal components,
-# which it is given (7 DATA). Its bounds are on densities: not comparable with binary images'.
+# which are our x then (7 DATA). Its bounds are on densities: not comparable with binary images'.
 LIKELIHOODS = {
     "bernoulli": (1, log_bernoulli, torch.sigmoid),  # one logit per pixel
     "gaussian": (2, log_gaussian, lambda mu, logvar: mu),  # a mean, a log-variance per dimension
@@ -225,15 +225,15 @@ def mlp(inputs, *sizes, batch_norm="all", activation="relu", init_std=0.0):
 #     log p(x) = log integral p(x|z) p(z) dz = log E_q(z|x)[ p(x|z) p(z) / q(z|x) ]
 #             >= E_q(z|x)[ log p(x|z) + log p(z) - log q(z|x) ]       (Jensen: log is concave)
 #              = E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || p(z) )  =: -J(x)                     (eq. 5)
-# How much do we lose? In the line with Jensen's inequality, replace p(x|z) p(z) by p(z|x) p(x);
-# log p(x), free of z, comes out of E_q:
+# How much do we lose? In the line with Jensen's inequality, log p(x|z) + log p(z) is log p(z|x) +
+# log p(x); the latter, free of z, comes out of E_q:
 #     -J(x) = log p(x) - KL( q(z|x) || p(z|x) ),
 # so lowering J raises log p(x), or narrows the gap, this KL, or both: fitting the model and doing
 # inference are one minimisation. The first term of -J rewards a z from which the decoder can
-# recover x. The second, KL( q(z|x) || p(z) ), is the price, in nats, of what z says about x.
-# Averaged over x, it is the mutual information of x and z under q, plus KL( qa(z) || p(z) ), qa
-# being the average of q(z|x). For the KL alone q(z|x) = p(z) would be best; for the first term
-# alone, a z without noise, as in an ordinary autoencoder.
+# recover x. The KL( q(z|x) || p(z) ), subtracted, is the price, in nats, of what z says about x.
+# Averaged over x (add and subtract log qa(z), qa being the average of q(z|x)), it is the mutual
+# information of x and z under q, plus KL( qa(z) || p(z) ). For the KL alone q(z|x) = p(z) would be
+# best; for the first term alone, a z without noise, as in an ordinary autoencoder.
 
 
 class M1(nn.Module):
@@ -301,7 +301,7 @@ class M1(nn.Module):
         return log_p_x + log_p_z(z) - log_gaussian(z, mu, logvar)
 
     def classify(self, x: Tensor) -> Tensor:
-        """Scores of the K classes, [B, K], by self.classifier, one of 5 CLASSIFIERS, which train
+        """Scores of the K classes, [B, K], by self.classifier, one of section 5's, which train
         and train_and_evaluate set. x may be grey."""
         return self.classifier(self.encode(x)[0])
 
@@ -333,15 +333,15 @@ class M1(nn.Module):
 #               = sum_y q(y|x) [ -L(x,y) ] - sum_y q(y|x) log q(y|x)      (the mean over z is -L)
 #               = sum_y q(y|x) [ -L(x,y) ] + H( q(y|x) )                            =: -U(x) (eq. 7)
 # z is drawn, and reparameterised, because its integral is intractable. y is summed over because
-# there are only K classes, and because a draw of y would pass no such gradient on to q(y|x): being
+# there are only K classes, and because no gradient would reach q(y|x) through a draw of y: being
 # discrete, it cannot move a little when q(y|x) does. The gaps are as in eq. 5:
 # KL(q(z|x,y) || p(z|x,y)) in eq. 6 and KL(q(y,z|x) || p(y,z|x)) in eq. 7.
 # What does U teach q(y|x)? Let r(y) = softmax_y( -L(x,y) ), Bayes' rule with the bounds in place of
 # log p(x,y), so that L(x,y) = -log r(y) - log sum_y' exp(-L(x,y')). Put that into U:
 #     U(x) = KL( q(y|x) || r(y) ) - log sum_y' exp( -L(x,y') ),
 # least at q = r: the classifier learns to agree with the generative model. Without H (a looser
-# bound, as H >= 0) the best q would not be r, but certain of the smallest L, however small the
-# difference.
+# bound, as H >= 0) the best q would not be r: it would give probability 1 to the y with the
+# smallest L, however small the difference.
 # Nothing in U says that y is the digit: any division of the images into K groups that makes them
 # more probable will do. It is the few labels that say which, by L and, above all, by eq. 9.
 #
@@ -356,18 +356,19 @@ class M1(nn.Module):
 #
 # WHAT ALPHA IS. The paper sets alpha = 0.1 * N, N being all observations in its section 2, but the
 # labelled ones in its Table 1; E_labelled is a mean over labelled points. The authors' code
-# multiplies each labelled point's -log q(y|x), in the sum over the set, by 0.1 (N + M) / N. The two
-# agree if the paper's N is here the size of the WHOLE set, our N + M. Divide J^alpha by it and
+# multiplies the sum of -log q(y|x) over the labelled points by 0.1 (N + M) / N, so their mean by
+# 0.1 (N + M): the paper's N is here our N + M, the size of the WHOLE set. Divide J^alpha by it and
 # everything is per image, whatever the size of the set:
 #     J^alpha / (N + M) = [sum L + sum U] / (N + M) + a * mean_labelled[ -log q(y|x) ],
-# a = alpha / (N + M). This a is our --alpha; the paper's is 0.1. Reading N as the number of labels
+# a = alpha / (N + M). This a is our --alpha; the paper's is 0.1. Reading the paper's N as our N
 # would make the classification loss (N + M) / N times weaker: 500 times for 100 of 50,000 images
 # (of MNIST's 60,000, 10,000 are set aside for validation).
 #
 # SUMMING OVER FEWER y. Eq. 7 holds for any distribution over y. Take q(y|x), drop the classes to
 # which it gives less than a threshold, and renormalise what is left to q~(y|x): U with q~ in place
 # of q is again minus a lower bound on log p(x); the closer q~ is to r, the tighter (formula above).
-# (Without renormalising, the weights sum to less than 1, and the result need not be a bound.)
+# (Not renormalised, weights with the sum s < 1 give -s U~ - s log s, U~ being U with q~; this may
+# exceed log p(x).)
 # The gain: only the classes kept need an L(x,y), hardly more than one per image once q(y|x) is sure
 # of most images. At threshold 0 it is U itself. The risk: a class cut for x has no gradient from
 # this image's U. It comes back only if the loss's other terms or other images raise its logit, or
@@ -447,8 +448,8 @@ class M2(nn.Module):
     def U(self, x: Tensor, log_q: Tensor | None = None, threshold: float = 0.0) -> Tensor:
         """Eq. 7, with q~ for q where there is a threshold (< 1/K), [B], nats per image.
         log_q = log q(y|x), [B, K]."""
-        # With threshold 0 and no batch normalisation (it takes its statistics over all pairs that L
-        # is given at once), what follows does in one go what these two lines (for a CPU) do:
+        # With threshold 0, what follows does in one go what these two lines (for a CPU) do. (Batch
+        # normalisation makes a difference: its statistics are over all pairs that L gets at once.)
         #     L = torch.stack([self.L(x, torch.full((B,), y)) for y in range(K)], 1)     # [B, K]
         #     return (log_q.exp() * (L + log_q)).sum(1)
         B, K = len(x), self.y_dim
@@ -469,7 +470,7 @@ class M2(nn.Module):
         image, a of WHAT ALPHA IS, not the paper's 0.1 N. fade multiplies U.
 
         The means of L and U are weighted by their shares of the whole set, not of the minibatch.
-        With fade = 1 and threshold 0 this estimates J^alpha / (N + M) (but for batch
+        With fade = 1 and threshold 0 this estimates J^alpha / (N + M) (except with batch
         normalisation: see mlp).
         """
         log_q_l, log_q_u = log_q.split([len(x_l), len(x_u)])
@@ -505,12 +506,13 @@ class M2(nn.Module):
         Miyato et al. 2015, arXiv 1507.00677). Here x is what the classifier sees (in the stack,
         M1's features).
 
-        If its mean over random starts is small at an x where q(y|x) is sure, then probably no class
-        boundary is that near x; if that holds at all images, the boundaries are where images are
-        few. Which delta is the worst? The KL is smallest, 0, at delta = 0. So for small delta it is
-        about 1/2 delta^T A delta (A: its second derivatives at 0), largest along the eigenvector of
-        A with the largest eigenvalue. One step of the power method, a multiplication by A, turns a
-        random delta roughly that way; for small delta, A delta is the gradient of the KL at delta.
+        If its mean over draws of delta (see below) is small at an x where q(y|x) is sure, then
+        probably no class boundary is that near x; if that holds at all images, the boundaries are
+        where images are few. Which delta is the worst? The KL is smallest, 0, at delta = 0. So for
+        small delta it is about 1/2 delta^T A delta (A: its second derivatives at 0), largest along
+        the eigenvector of A with the largest eigenvalue. One step of the power method, a
+        multiplication by A, turns a random delta roughly that way; for small delta, A delta is the
+        gradient of the KL at delta.
         (Only an estimate: an eigenvector has no sign, so about half of the time delta points away
         from the nearest boundary; our delta is not small, as a tiny one would drown in bfloat16's
         rounding; and with batch normalisation each q also depends on the other images' delta.)
@@ -561,20 +563,20 @@ class M2(nn.Module):
         (2) An alpha above the paper's keeps the labels from being outvoted by the many guesses. And
         a minibatch has 100 labelled images, where in proportion it would have one: the same means,
         with less noise.
-        (3) No class may swallow another: balance times imbalance (of x_u) is added in full from the
-        start, because classes are swallowed early.
+        (3) No class may swallow another: balance times imbalance (of x_u) is added, without fade,
+        because classes are swallowed early.
         (4) A boundary near an image costs: the mean of roughness over the minibatch is added, with
         weight c. How far "near" reaches is set by s["smooth"], a Euclidean distance in x or in M1's
         features: 2 is as far as four flipped pixels. To save time, it is computed in a random half
         of the steps, times 2. (On device cuda in every step: there a step is usually recorded once
         and then repeated, and how the coin fell would be repeated with it.)
-        (5) In the stack, if labels are many, they count more than U: c = N / s["trust"] if
+        (5) In the stack, if N is large, all but L and U weighs more: c = N / s["trust"] if
         N > s["trust"] > 0, else 1. (The terms that c multiplies contain no network but q(y|x), and
         Adam's steps hardly depend on the loss's scale: for q(y|x) it is as if U had 1/c of its
         weight, for the other networks nothing changes.) With N = 3000 this lowers the validation
         error a little (README). A possible reason: U teaches q(y|x) the generative model's answer
-        r(y), which then errs on 2.4 % of the validation images, a q(y|.) trained without U on
-        1.6 %.
+        r(y), which then errs on more of the validation images (about 2.4 %) than a q(y|.) trained
+        without U (about 1.6 %).
 
         After M2's training (MNIST, N = 100, seed 0) U is 96.5 nats (5000 test images): 78.8 for
         -log p(x|y,z), 15.5 for the KL, 2.3 for -log p(y), -0.06 for -H; -log q(y|x) of the labelled
@@ -638,14 +640,15 @@ class M2(nn.Module):
 # eq. 7 gives a bound, log p(z1) >= -U(z1). Hence
 #     log p(x) >= E_q(z1|x)[ log p(x|z1) - U(z1) - log q(z1|x) ].
 # (M1 leaves some dimensions of z1 unused: their mean hardly varies, q(z1_d|x) is close to N(0, 1).
-# M2 models only the others, the active ones: in U and L, z1 means these. p(z1) has the unused ones'
-# N(0, 1) as a factor, whose log is added.)
+# M2 models only the others, the active ones: in U and L, z1 means these. The unused ones'
+# log N(z1_d; 0, 1) is added to -U(z1).)
 # Training is in two stages. M1 is trained with p(z1) = N(0, I) and then frozen: p(x|z1) and q(z1|x)
 # no longer change, so to raise this bound, M2, with a Gaussian p(z1|y,z2), is trained to lower
 # the mean of U(z1), with a fresh draw of z1 at every visit of an image. (That Gaussian's variance
 # is learned, but shrinking it to 0 cannot pay without limit: mean of U(z1) >= mean of -log p(z1) >=
-# entropy of z1 >= mean entropy of q(z1|x), which is frozen.) For labelled x, log p(x,y) has the
-# same bound with -L(z1,y) <= log p(z1,y) in place of -U(z1).
+# entropy of z1 (as a KL is >= 0) >= mean entropy of q(z1|x) (knowing x takes some away), which is
+# frozen.) For labelled x, log p(x,y) has the same bound with -L(z1,y) <= log p(z1,y) in place of
+# -U(z1).
 # What q is given. The bound holds whatever q(z1|.) and q(y|.) look at. Let g be the grey image of
 # which the binary x is a draw (Gaussian data: g = x).
 #                         q(z1|.) sees    q(y|.) sees
@@ -656,8 +659,9 @@ class M2(nn.Module):
 #     for each g, not for each draw x of it. For the bound, q(z1|x) is what M1 was trained for and
 #     should be tighter.
 #   Images are classified by the mean, and a classifier that saw the mean in training errs less than
-#     one that saw draws (README: 2.0 against 2.5 %, N = 100). The price: r(y) depends on the draw
-#     z1, such a q(y|.) cannot, so the bound is lower than with q = r, by the mean of KL(q || r).
+#     one that saw draws (README: 2.0 against 2.5 %, N = 100). The price: r(y) varies with the draw
+#     z1 and such a q(y|.) cannot follow it, so the bound is lower than with q = r, by the mean of
+#     KL(q || r).
 # What two stages give up: the bound is not maximised over all parameters together; q(z1|x) was
 # fitted to another prior and does not learn of the classes.
 
@@ -736,9 +740,9 @@ class M1M2(nn.Module):
 # =================================================================================================
 # 5. CLASSIFIERS ON M1's FEATURES: the mean of q(z|x) stands for x
 # =================================================================================================
-# tsvm scores only the points that it is given; kernel_machine makes of these scores a classifier of
-# any z, M1's. NearestPoint, a simple one, is --classifier knn, and gives the validation error while
-# M1 is being trained. Scores are [B, K], for z [B, Z]; the largest is the answer.
+# tsvm scores only the points that it is given; from these scores, kernel_machine makes M1's
+# classifier, of any z. NearestPoint, a simple one, is --classifier knn, and gives the validation
+# error while M1 is being trained. Scores are [B, K], for z [B, Z]; the largest is the answer.
 
 
 def nearest(z: Tensor, points: Tensor, k: int) -> Tensor:
@@ -803,8 +807,8 @@ def tsvm(z: Tensor, y_l: Tensor, y_dim: int, k=10, C=0.3, steps=100, spread=0.3)
 
     No step is guaranteed to lower this aim: all points change at once, each given the others' old
     scores, and the scaling below is not in it. Unlabelled points start at f = -1, in no class. In
-    the first `spread` (a fraction) of the steps labels spread without the last term (f = m), as an
-    early wrong guess would spread, too. After that, m + 1 is scaled, class by class, so that
+    the first `spread` (a fraction) of the steps labels spread without the last term (f = m), since
+    early wrong guesses would spread, too. After that, m + 1 is scaled, class by class, so that
     (m_c + 1)/2, about 1 within class c and 0 elsewhere, has the mean 1/K over the points, as p(y)
     says (wrong for SVHN, but used there, too). Every unlabelled point that a label has reached
     takes the f that minimises its own two terms, given this m (svm_step). For a given y that
@@ -890,8 +894,8 @@ def kernel_machine(z: Tensor, f: Tensor, R=6000) -> KernelMachine:
 #     guesses by the generative model, which has just learned them from q(y|x)          19.0 +- 2.7
 # M1 and the TSVM on it, --model m1 --epochs 10: bound -96.7 nats                        2.7 +- 0.1
 #   grey pixels for x in training, not binary draws: the features are about as good.
-#     (log p(x|z) is affine in x, so minus the loss bounds the mean log p(x) of the
-#     draws, more loosely, since q(z|.) does not see which x was drawn.) On binary
+#     (log p(x|z) is affine in x, so minus the loss is a lower bound on the draws' mean
+#     log p(x), a looser one, since q(z|.) does not see which x was drawn.) On binary
 #     images the bound is -96.9 nats                                                     2.8 +- 0.2
 #   towards posterior collapse: no ramp, no batch normalisation, softplus (--ramp 0
 #     --batch-norm none --activation softplus): bound -138 nats                         26.6 +- 4.8
@@ -907,7 +911,7 @@ def kernel_machine(z: Tensor, f: Tensor, R=6000) -> KernelMachine:
 # the weights, and trains until its validation bound has not risen for 10,000 epochs; its stack for
 # N = 100 has one layer of 300; it has no script for M2 on a partly labelled set of pixels, only
 # for M2 with all labels, with two layers of 500.) Ours in every recipe are, above all:
-#   M1's classifier "tsvm" (5 CLASSIFIERS), its minibatches of 500, its 3000 epochs;
+#   M1's classifier "tsvm" (5 CLASSIFIERS), and in "paper" its minibatches and epochs;
 #   M1's initial weights, which are PyTorch's (the code's have a standard deviation 3^(1/2) times as
 #     large, and are 0 for log sigma^2);
 #   minibatches: labelled images are drawn afresh (the code goes through them in turn), unlabelled
@@ -1433,7 +1437,7 @@ def log_likelihood(model: nn.Module, images: Tensor, likelihood: str, draws: int
     model.log_weight draws log w with E[w] = p(x). So the mean of w over S draws estimates p(x)
     without bias (Burda et al. 2015). Its log estimates log p(x): by Jensen too low on average, the
     less so the larger S. (With S = 1, M1's estimate is on average its bound, M2's and the stack's
-    at least theirs: Jensen's inequality is applied to z alone, and the sum over y is exact.) The
+    at least theirs: they use Jensen's inequality for y, too; here the sum over y is exact.) The
     estimate minus the bound is, on average, at most the bound's gap: the mean KL between q and the
     true posterior. (The bound saw other draws of x: some noise.)
     """
