@@ -950,7 +950,8 @@ SETTINGS = {
                   "U skips classes with q(y|x) below it (or 1/(2K), if less); default on GPUs 0"),
     "classifier_sees": ((None, None, "mean"), (None, None, "draw"), ("mean", "draw"),
                         "what the stack's q(y|.) sees in training: q(z1|.)'s mean or a draw z1"),
-    "classifier": (("tsvm", None, None), ("tsvm", None, None), ("tsvm", "knn"), "knn: 1 nearest"),
+    "classifier": (("tsvm", None, None), ("tsvm", None, None), ("tsvm", "knn"),
+                   "of M1's features; knn: the class of the nearest labelled image"),
 }
 # fmt: on
 
