@@ -2125,6 +2125,28 @@ def test_classes_can_be_pasted_elsewhere():
         assert sum(losses[-20:]) < sum(losses[:20])
 
 
+def test_readme_paste_runs():
+    """README's lines for a pasted M2, on the paper's minibatch (one labelled image): the loss is at
+    first near 784 log 2 nats, every pixel being guessed, and falls."""
+    source = (HERE / "ssvae.py").read_text()
+    heads = ("\n# 1. BUILDING", "\n# 2. M1:", "\n# 3. M2:", "\n# 4. M1+M2:")
+    blocks, m1, m2, stack = (source.index(head) for head in heads)
+    imports = "import math\nimport torch\nfrom torch import Tensor, nn\n"
+    imports += "import torch.nn.functional as F\n"
+    torch.manual_seed(0)
+    namespace = {"x_l": (torch.rand(1, 784) < 0.1).float(), "y_l": torch.tensor([3]), "N": 1}
+    namespace |= {"x_u": (torch.rand(9, 784) < 0.1).float(), "M": 9}
+    exec(imports + source[blocks:m1] + source[m2:stack], namespace)  # noqa: S102
+    lines = (HERE / "README.md").read_text().split("```python\n")[2].split("```")[0]
+    start, step = lines.split("# for each minibatch")
+    exec(start, namespace)  # noqa: S102
+    losses = []
+    for _ in range(30):
+        exec("#" + step, namespace)  # noqa: S102
+        losses.append(namespace["loss"].item())
+    assert abs(losses[0] - 784 * np.log(2)) < 20 and losses[-1] < losses[0] - 30
+
+
 # ---- the benchmark: python test_ssvae.py --------------------------------------------------------
 
 
