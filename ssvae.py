@@ -154,8 +154,8 @@ def kl_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
            = -1/2 E_q[ log 2 pi sigma^2 + (z - mu)^2/sigma^2 ] + 1/2 E_q[ log 2 pi + z^2 ]
            = -1/2 [ log 2 pi + log sigma^2 + 1 ]               + 1/2 [ log 2 pi + mu^2 + sigma^2 ]
            =  1/2 [ mu^2 + sigma^2 - 1 - log sigma^2 ],
-    and dimensions are independent, so they add up. It is exact: of the bound (eq. 5, in
-    2 M1) only log p(x|z) is left to be estimated by a draw of z.
+    and dimensions are independent, so they add up. It is exact: of the bound (eq. 5, in 2 M1) only
+    log p(x|z) is left to be estimated by a draw of z.
     """
     return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(-1)
 
@@ -354,8 +354,8 @@ class M1(nn.Module):
 # The added term is >= 0, so -J^alpha <= -J is also a lower bound, though a looser one, on the sum
 # of log p(x,y) over the labelled images and log p(x) over the unlabelled.
 #
-# WHAT ALPHA IS. The paper sets alpha = 0.1 * N, N being all observations in its section 2, but the
-# labelled ones in its Table 1; E_labelled is a mean over labelled points. The authors' code
+# WHAT ALPHA IS. The paper sets alpha = 0.1 * N without saying whether N is all observations or, as
+# in its Table 1, the labelled ones; E_labelled is a mean over labelled points. The authors' code
 # multiplies the sum of -log q(y|x) over the labelled points by 0.1 (N + M) / N, so their mean by
 # 0.1 (N + M): the paper's N is here our N + M, the size of the WHOLE set. Divide J^alpha by it and
 # everything is per image, whatever the size of the set:
@@ -512,12 +512,11 @@ class M2(nn.Module):
         small delta it is about 1/2 delta^T A delta (A: its second derivatives at 0), largest along
         the eigenvector of A with the largest eigenvalue. One step of the power method, a
         multiplication by A, turns a random delta roughly that way; for small delta, A delta is the
-        gradient of the KL at delta.
-        (Only an estimate: an eigenvector has no sign, so about half of the time delta points away
-        from the nearest boundary; our delta is not small, as a tiny one would drown in bfloat16's
-        rounding; and with batch normalisation each q also depends on the other images' delta.)
-        Delta and q(y|x) are constants in the gradient: q(y|x+delta) is to move towards q(y|x), not
-        the other way round.
+        gradient of the KL at delta. (Only an estimate: an eigenvector has no sign, so about half of
+        the time delta points away from the nearest boundary; our delta is not small, as a tiny one
+        would drown in bfloat16's rounding; and with batch normalisation each q also depends on the
+        other images' delta.) Delta and q(y|x) are constants in the gradient: q(y|x+delta) is to
+        move towards q(y|x), not the other way round.
         """
         log_q = log_q.detach()
         # Batch normalisation would put x + delta into the running statistics, by which images are
@@ -558,8 +557,7 @@ class M2(nn.Module):
         generative model itself learns from U almost at once, even while fade is small: L's weight
         is only N / (N + M), 0.002 for 100 of 50,000, so its gradient is soon mostly U's, and Adam's
         steps hardly depend on the gradient's scale.) Once fade is 1, minus (N + M) times the loss
-        is, on average, a lower bound like -J^alpha (but see mlp): the terms beside L and U are
-        >= 0.
+        is, on average, a lower bound as -J^alpha is (but see mlp): all terms but L and U are >= 0.
         (2) An alpha above the paper's keeps the labels from being outvoted by the many guesses. And
         a minibatch has 100 labelled images, where in proportion it would have one: the same means,
         with less noise.
@@ -1281,8 +1279,8 @@ def load_data(dataset: str, data_dir: Path, n_labels, seed: int, device, saved=N
 
 def bfloat16_is_faster(device: torch.device) -> bool:
     """Whether matrix products are faster in bfloat16: yes on most CUDA GPUs since 2020, on CPUs
-    with AMX and on AMD's with AVX512-BF16 (2.3 times as fast as float32; on Intel's
-    without AMX, no: 0.5 times).
+    with AMX and on AMD's with AVX512-BF16 (2.3 times as fast as float32; on Intel's without AMX,
+    no: 0.5 times).
 
     It has float32's range with 8 bits of precision: enough for activations, the copies of the
     weights that are multiplied, and the gradients of both. The weights themselves, Adam's moments,
